@@ -1,0 +1,1 @@
+"""Data: collections, training examples, resumable loaders and the validation pool."""

@@ -1,0 +1,144 @@
+"""Texts to padded batches with the packed layout the heads pool over: TextBatch, TextTokenizer, TrainBatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextBatch(NamedTuple):
+    """Padded token ids of B texts, and which of their rows are pooled.
+
+    Attributes:
+        input_ids: (B, S) int64, padded to the longest text of the batch.
+        attention_mask: (B, S) int64, 1 for real tokens (special tokens included).
+        pool_index: (N,) int64, rows of the flattened (B * S) layout that are pooled, text by text.
+        cu_seqlens: (B + 1,) int32, text b owns entries cu_seqlens[b] .. cu_seqlens[b + 1] - 1 of pool_index.
+        max_seqlen: largest number of pooled rows of one text, known on the host.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pool_index: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def from_masks(cls, input_ids: Tensor, attention_mask: Tensor, pooled: Tensor) -> TextBatch:
+        """Derives the packed layout from a mask of pooled positions.
+
+        Args:
+            input_ids: (B, S) int64 on the CPU.
+            attention_mask: (B, S) int64.
+            pooled: (B, S) bool or 0/1, True where a token takes part in the pooling.
+
+        Returns:
+            The batch; a text without a pooled token has an empty range in cu_seqlens.
+        """
+        pooled = pooled.bool()
+        counts = pooled.sum(dim=1)
+        cu_seqlens = torch.zeros(len(counts) + 1, dtype=torch.int32)
+        cu_seqlens[1:] = counts.cumsum(0)
+        return cls(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pool_index=pooled.flatten().nonzero().squeeze(1),
+            cu_seqlens=cu_seqlens,
+            max_seqlen=int(counts.max()) if len(counts) else 0,
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TextBatch:
+        """Copies every tensor to ``device``; ``max_seqlen`` stays a number on the host."""
+        moved = (t.to(device, non_blocking=non_blocking) for t in self[:4])
+        return TextBatch(*moved, max_seqlen=self.max_seqlen)
+
+
+class TextTokenizer:
+    """Tokenises texts of one side (queries or documents) into a TextBatch.
+
+    It holds nothing but the tokenizer and two numbers, so that worker processes can unpickle it.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer with a padding token.
+        max_length: longest text in tokens, special tokens included; what is longer is cut off.
+        pool_special_tokens: False leaves [CLS], [SEP] and their like out of ``pool_index``.
+
+    Raises:
+        ValueError: if max_length is below 3 or the tokenizer cannot pad.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, pool_special_tokens: bool = True):
+        if max_length < 3:
+            raise ValueError(f"max_length: expected at least 3 tokens, got {max_length}; raise model.max_*_length")
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                "tokenizer: expected one with a padding token, got none; set tokenizer.pad_token before training"
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.pool_special_tokens = pool_special_tokens
+
+    def __call__(self, texts: Sequence[str]) -> TextBatch:
+        """Tokenises and pads to the longest of ``texts`` (on the tokenizer's padding side).
+
+        Raises:
+            ValueError: if there is no text.
+        """
+        if not texts:
+            raise ValueError("texts: expected at least one text, got an empty list; skip empty batches")
+        encoded = self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        )
+        mask = encoded["attention_mask"]
+        pooled = mask.bool()
+        if not self.pool_special_tokens:
+            pooled = pooled & (encoded["special_tokens_mask"] == 0)
+        return TextBatch.from_masks(encoded["input_ids"], mask, pooled)
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Number of tokens of each text after truncation, special tokens included, without padding."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts), truncation=True, max_length=self.max_length, return_attention_mask=False
+        )
+        return [len(ids) for ids in encoded["input_ids"]]
+
+
+class TrainBatch(NamedTuple):
+    """One training step: Bq queries and their Bd = Bq * K documents.
+
+    Attributes:
+        query: the Bq queries.
+        doc: Bd documents; rows i * K .. i * K + K - 1 belong to query i, the first of them is its positive.
+        false_negatives: (Bq, Bd) bool, True where a document is relevant to a query without being its own
+            positive: losses leave it out of the denominator.
+        teacher_scores: (Bq, K) float32, or None where the data has no teacher.
+    """
+
+    query: TextBatch
+    doc: TextBatch
+    false_negatives: Tensor
+    teacher_scores: Tensor | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainBatch:
+        """Copies every tensor to ``device``."""
+        scores = self.teacher_scores
+        return TrainBatch(
+            query=self.query.to(device, non_blocking),
+            doc=self.doc.to(device, non_blocking),
+            false_negatives=self.false_negatives.to(device, non_blocking=non_blocking),
+            teacher_scores=None if scores is None else scores.to(device, non_blocking=non_blocking),
+        )

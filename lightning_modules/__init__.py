@@ -1,0 +1,1 @@
+"""Training: the encoder, the LightningModule and its callbacks."""

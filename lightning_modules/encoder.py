@@ -1,0 +1,320 @@
+"""SparseEncoder: any Hugging Face masked language model whose decoder is one of sparton's heads."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import sparton
+from datamodules.collate import TextBatch, TextTokenizer
+from lightning_modules import backbone as loading
+from lightning_modules import decoder as surgery
+
+HEADS = {"naive": "NaiveHead", "compiled": "CompiledHead", "tiled": "TiledHead", "sparton": "SpartonHead"}
+TRANSFORMS = ("auto", "keep", "skip")
+CALIBRATION_BATCH = 32  # texts
+CALIBRATION_TILE = 4096  # words of the vocabulary
+
+
+def resolve_head(head: str) -> str:
+    """The head's name: ``auto`` becomes sparton where there is a GPU and tiled elsewhere.
+
+    Raises:
+        ValueError: for an unknown name, or sparton without a GPU (unless ``TRITON_INTERPRET=1``).
+    """
+    if head != "auto" and head not in HEADS:
+        raise ValueError(f"head: expected one of auto, {', '.join(HEADS)}, got {head!r}")
+    gpu = torch.cuda.is_available()
+    if head == "auto":
+        return "sparton" if gpu else "tiled"
+    if head == "sparton" and not gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("head=sparton: expected a CUDA device, got none; use head=auto, which takes tiled on the CPU")
+    return head
+
+
+class SparseEncoder(nn.Module):
+    """Encodes texts as sparse vectors over the vocabulary: backbone, pooled rows, one call of the head.
+
+    ``rep[b, v] = max over pooled tokens s of log1p(relu(logit_scale * hidden[b, s] . W[v] + bias[v]))``
+    (SPLADE-max, Formal et al. 2021, arXiv 2109.10086, eq. 4; ``logit_scale`` is 1 unless :meth:`calibrate` sets it).
+
+    The head's weight and bias are the language model's own decoder, tied to the input embeddings where the model ties
+    them. A decoder without bias keeps none, so that stock tools load the export and give the same vectors.
+
+    Args:
+        name_or_path: directory or hub id of a masked language model. With ``pretrained=False`` a directory gives the
+            architecture; a hub id is a label and ``config`` the architecture.
+        head: auto, naive, compiled, tiled or sparton; ``head_name`` holds what auto became.
+        pretrained: loads weights. False draws random ones from ``seed`` and touches no network.
+        config: the architecture as a plain dict with ``model_type``; used by ``pretrained=False`` only.
+        tokenizer: directory, hub id or object; by default the checkpoint's own, and the bundled one where
+            ``pretrained=False`` leaves none.
+        packaged: ``package/folder`` of an installed Python package with the same weights, used where the hub does not
+            answer.
+        mlm_transform: keep pools what the decoder of the language model sees; skip pools the last hidden state with
+            the input embeddings as weight and a new zero bias; auto skips where the checkpoint lacks the transform
+            (a sentence encoder), whose random weights would make noise of the expansion.
+        max_query_length, max_doc_length: in tokens, special tokens included.
+        pool_special_tokens: False leaves [CLS], [SEP] and their like out of the pooling.
+        activation: ``log1p``, or ``log1p_log1p`` (log1p twice).
+        gradient_checkpointing: recomputes the backbone's layers in the backward pass.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None lets transformers choose (sdpa where the
+            family of models has it).
+        dropout: rate of every dropout in the backbone; None keeps the checkpoint's.
+        attention_dropout: rate of the attention's dropout; None follows ``dropout``.
+        seed: of random weights.
+
+    Raises:
+        ValueError, FileNotFoundError: one line with argument, expected, got and remedy.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | None = None,
+        *,
+        head: str = "auto",
+        pretrained: bool = True,
+        config: Mapping[str, Any] | None = None,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        packaged: str | None = None,
+        mlm_transform: str = "auto",
+        max_query_length: int = 64,
+        max_doc_length: int = 256,
+        pool_special_tokens: bool = True,
+        activation: str = "log1p",
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        dropout: float | None = None,
+        attention_dropout: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if mlm_transform not in TRANSFORMS:
+            raise ValueError(f"model.mlm_transform: expected one of {', '.join(TRANSFORMS)}, got {mlm_transform!r}")
+        if pretrained and not name_or_path:
+            raise ValueError("model.name_or_path: expected a directory or hub id, got none; or model.pretrained=false")
+        self.head_name = resolve_head(head)
+        source, local_only = loading.resolve_source(name_or_path, packaged) if pretrained else (name_or_path, True)
+        model_config = loading.load_config(source, config, pretrained=pretrained, local_only=local_only)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            self.tokenizer = tokenizer
+        else:
+            own = source if pretrained or (source and Path(source).expanduser().is_dir()) else None
+            self.tokenizer = loading.load_tokenizer(own, tokenizer, local_only=local_only)
+        loading.check_vocabulary(self.tokenizer, model_config)
+        if not pretrained:  # the RoBERTa family counts positions from the padding id
+            model_config.pad_token_id = self.tokenizer.pad_token_id
+        loading.set_dropout(model_config, dropout, attention_dropout)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, missing = loading.load_masked_lm(
+                source, model_config,
+                pretrained=pretrained, local_only=local_only, attn_implementation=attn_implementation,
+            )
+        if mlm_transform == "auto":
+            skip = surgery.transform_is_missing(model, surgery.decoder_name(model), missing)
+            mlm_transform = "skip" if skip else "keep"
+        parts = surgery.skip_transform(model) if mlm_transform == "skip" else surgery.take_decoder(model)
+        self.backbone, self.decoder_name = parts.model, parts.decoder_name
+        self.backbone.train()
+        if gradient_checkpointing:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.head = getattr(sparton, HEADS[self.head_name]).from_linear(parts.decoder, activation=activation)
+        self.register_buffer("logit_scale", torch.ones((), device=parts.decoder.weight.device))
+        self.register_load_state_dict_pre_hook(_check_same_vocabulary)
+
+        self._options = {
+            "name_or_path": name_or_path,
+            "mlm_transform": mlm_transform,
+            "max_query_length": max_query_length,
+            "max_doc_length": max_doc_length,
+            "pool_special_tokens": pool_special_tokens,
+            "activation": activation,
+            "gradient_checkpointing": gradient_checkpointing,
+            "attn_implementation": attn_implementation,
+        }
+        self._check_lengths()
+        self.query_tokenizer = TextTokenizer(
+            self.tokenizer, max_query_length, pool_special_tokens=pool_special_tokens
+        )
+        self.doc_tokenizer = TextTokenizer(self.tokenizer, max_doc_length, pool_special_tokens=pool_special_tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """Dimension V of the vectors."""
+        return self.head.weight.shape[0]
+
+    @property
+    def mlm_transform(self) -> str:
+        """``keep`` or ``skip``: what ``auto`` became."""
+        return self._options["mlm_transform"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that do not stand in the backbone's own configuration, as plain values."""
+        return dict(self._options)
+
+    def _check_lengths(self) -> None:
+        longest = surgery.longest_input(self.backbone)
+        for side in ("max_query_length", "max_doc_length"):
+            if longest is not None and self._options[side] > longest:
+                raise ValueError(
+                    f"model.{side}: expected at most the {longest} positions of this backbone, got "
+                    f"{self._options[side]}; lower model.{side}"
+                )
+
+    def pooled_rows(self, batch: TextBatch) -> Tensor:
+        """Hidden rows that the head pools over: (N, D), text by text, times ``logit_scale``."""
+        hidden = surgery.hidden_rows(self.backbone, batch.input_ids, batch.attention_mask)
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.pool_index) * self.logit_scale
+
+    def forward(self, *batches: TextBatch) -> Tensor | tuple[Tensor, ...]:
+        """Encodes batches of texts: the backbone runs on each, the head once on the packed rows of all.
+
+        Args:
+            batches: one or more batches, for example queries and documents, on the encoder's device.
+
+        Returns:
+            (B, V) for one batch, else a tuple with (B_i, V) for each.
+        """
+        if not batches:
+            raise ValueError("batches: expected at least one TextBatch, got none")
+        rows, bounds, offset = [], [], 0
+        for batch in batches:
+            rows.append(self.pooled_rows(batch))
+            bounds.append(batch.cu_seqlens[bool(bounds) :] + offset)
+            offset += batch.pool_index.shape[0]
+        hidden, cu_seqlens = (rows[0], bounds[0]) if len(rows) == 1 else (torch.cat(rows), torch.cat(bounds))
+        reps = self.head(hidden, cu_seqlens=cu_seqlens, max_seqlen=max(batch.max_seqlen for batch in batches))
+        if len(batches) == 1:
+            return reps
+        return reps.split([batch.input_ids.shape[0] for batch in batches])
+
+    @torch.no_grad()
+    def calibrate(self, texts: Sequence[str], quantile: float = 0.9) -> None:
+        """Scales the logits to unit deviation and starts the bias so that a share of the vocabulary is active.
+
+        ``logit_scale`` becomes 1 / std of the logits over every pooled token and word; the bias is divided by the same
+        figure, then lowered by the ``quantile`` of the maxima over (document, word), so that ``1 - quantile`` of the
+        vocabulary is active in a document. The (B, S, V) logits are never stored: their deviation comes from the
+        weight's (D, D) Gram matrix in float64, the maxima tile by tile. Two calls give the same result.
+
+        Args:
+            texts: documents, 512 are plenty.
+            quantile: in (0, 1).
+
+        Raises:
+            ValueError: if the decoder has no bias, or there is no text.
+        """
+        if self.head.bias is None:
+            raise ValueError("calibrate: expected a decoder with a bias, this model's has none; set calibrate.documents=0")
+        if not texts or not 0 < quantile < 1:
+            raise ValueError(f"calibrate: expected texts and a quantile in (0, 1), got {len(texts)} and {quantile}")
+        was_training = self.training
+        self.eval()
+        if self.decoder_name is not None:
+            surgery.final_norm(self.backbone)  # what cannot be exported later is refused now
+        batches = [self._calibration_rows(chunk) for chunk in _chunks(list(texts), CALIBRATION_BATCH)]
+        deviation = _logit_deviation([rows for rows, _ in batches], self.head.weight, self.head.bias)
+        self.logit_scale /= deviation
+        self.head.bias /= deviation
+        maxima = torch.cat(
+            [_maxima(rows / deviation, counts, self.head.weight, self.head.bias) for rows, counts in batches]
+        )
+        rank = max(1, round(quantile * maxima.numel()))
+        self.head.bias -= maxima.flatten().kthvalue(rank).values.to(self.head.bias.device)
+        self.train(was_training)
+
+    def _calibration_rows(self, texts: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """Pooled rows (N, D) of documents, and how many belong to each (texts without one are left out)."""
+        batch = self.doc_tokenizer(texts)
+        counts = [count for count in batch.cu_seqlens.diff().tolist() if count]
+        return self.pooled_rows(batch.to(self.logit_scale.device)).float(), counts
+
+    def tokenizer_files(self) -> dict[str, str]:
+        """The tokenizer as save_pretrained writes it: file name to text."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+
+    def hparams(self) -> dict[str, Any]:
+        """Everything but the weights, as plain values: options, architecture and the tokenizer's files.
+
+        A checkpoint that carries it can be rebuilt on a machine that has neither a network nor the original weights.
+        """
+        config = json.loads(self.backbone.config.to_json_string(use_diff=False))
+        return self.options | {"config": config, "tokenizer_files": self.tokenizer_files()}
+
+    @classmethod
+    def from_hparams(cls, hparams: Mapping[str, Any], head: str = "auto") -> SparseEncoder:
+        """The encoder that :meth:`hparams` describes, with random weights; a state_dict is loaded afterwards."""
+        options = {name: value for name, value in hparams.items() if name not in ("tokenizer_files", "name_or_path")}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in hparams["tokenizer_files"].items():
+                (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        encoder = cls(None, head=head, pretrained=False, tokenizer=tokenizer, **options)
+        encoder._options["name_or_path"] = hparams["name_or_path"]
+        return encoder
+
+
+def _check_same_vocabulary(
+    module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *unused: object
+) -> None:
+    """Turns a checkpoint of another model into one line; PyTorch would print every parameter."""
+    weight = state_dict.get(f"{prefix}head.weight")
+    if weight is not None and weight.shape != module.head.weight.shape:
+        expected, got = (tuple(w.shape) for w in (module.head.weight, weight))
+        raise ValueError(
+            f"checkpoint: expected a vocabulary and hidden size of {expected}, got {got}; "
+            "it belongs to another model, choose that one with model="
+        )
+
+
+def _chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _logit_deviation(batches: Sequence[Tensor], weight: Tensor, bias: Tensor) -> float:
+    """Standard deviation of ``rows @ weight.T + bias`` over all rows and words, without the logits.
+
+    ``sum (h.w + b)^2 = h'Gh + 2 h'(W'b) + b'b`` with the Gram matrix ``G = W'W``.
+    """
+    dim = weight.shape[1]
+    gram = weight.new_zeros(dim, dim, dtype=torch.float64)
+    column_sum, cross = (weight.new_zeros(dim, dtype=torch.float64) for _ in range(2))
+    for w, b in zip(weight.split(CALIBRATION_TILE), bias.split(CALIBRATION_TILE), strict=True):
+        w, b = w.double(), b.double()
+        gram += w.T @ w
+        column_sum += w.sum(0)
+        cross += w.T @ b
+    total = squares = 0.0
+    count = sum(len(rows) for rows in batches)
+    for rows in batches:
+        h = rows.double()
+        total += (h @ column_sum).sum().item()
+        squares += ((h @ gram) * h).sum().item() + 2 * (h @ cross).sum().item()
+    words = weight.shape[0]
+    mean = total / (count * words) + bias.double().mean().item()
+    variance = squares / (count * words) + bias.double().square().mean().item() - mean**2
+    if not variance > 0:
+        raise ValueError("calibrate: expected logits that differ, got a constant; check the model's weights")
+    return variance**0.5
+
+
+def _maxima(rows: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor) -> Tensor:
+    """Largest logit of each word in each document: (documents, V) float32 on the CPU."""
+    tiles = []
+    for w, b in zip(weight.split(CALIBRATION_TILE), bias.split(CALIBRATION_TILE), strict=True):
+        logits = torch.addmm(b.float(), rows, w.float().T)
+        tiles.append(torch.stack([part.amax(0) for part in logits.split(counts)]).cpu())
+    return torch.cat(tiles, dim=1)

@@ -1,0 +1,75 @@
+"""What a run happened on (versions, device, commit, date) and which precision that device can train in."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+
+import torch
+
+from lightning_modules.resolvers import REPOSITORY
+
+PACKAGES = ("torch", "triton", "lightning", "transformers")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
+
+
+def environment() -> dict[str, str | None]:
+    """Returns versions, the device's name, the commit (None outside of a git checkout) and the date in UTC."""
+    versions = {f"{name}_version": _version(name) for name in PACKAGES}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"python_version": platform.python_version()} | versions | {
+        "device": device, "commit": _commit(), "date": date
+    }  # fmt: skip
+
+
+def resolve_precision(precision: str | int, accelerator: str) -> str:
+    """Chooses or checks the trainer's precision.
+
+    Args:
+        precision: ``auto`` (bf16-mixed on a CUDA device that has bf16, 32-true elsewhere) or one of Lightning's names.
+        accelerator: the trainer's: ``auto``, ``gpu``, ``cuda`` or ``cpu``.
+
+    Raises:
+        ValueError: for an unknown name, a precision that the device lacks, or a GPU asked for where there is none.
+    """
+    wants_gpu = accelerator in ("gpu", "cuda")
+    on_cuda = torch.cuda.is_available() and (wants_gpu or accelerator == "auto")
+    if wants_gpu and not on_cuda:
+        raise ValueError(f"trainer.accelerator={accelerator}: expected a CUDA device, found none; use trainer=cpu")
+    has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        return "bf16-mixed" if has_bf16 else "32-true"
+    name = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(str(precision), precision)
+    if name not in PRECISIONS:
+        raise ValueError(f"trainer.precision: expected auto or one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if name.startswith("bf16") and on_cuda and not has_bf16:
+        raise ValueError(
+            f"trainer.precision={precision}: {torch.cuda.get_device_name()} has no bfloat16;"
+            " use trainer.precision=16-mixed or 32-true"
+        )
+    if name.startswith("16") and not on_cuda:
+        raise ValueError(
+            f"trainer.precision={precision}: half precision trains on CUDA devices only, and this run is on the CPU;"
+            " use trainer.precision=32-true or bf16-mixed"
+        )
+    return name
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, with ``-dirty`` where files differ from it."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,116 @@
+"""torch.library registration of the head: schema, fake, autograd; one operator pair for Triton and the tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparton.tiled import position_dtype, sum_dtype, tiled_backward, tiled_forward
+
+
+@torch.library.custom_op("sparton::lsr_forward", mutates_args=())
+def lsr_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    activation: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the head on packed rows.
+
+    Args:
+        hidden: (N, D); weight: (V, D); bias: (V,) or None; cu_seqlens: (B + 1,) int32 or int64.
+        max_seqlen: upper bound of the lengths; decides the dtype of the positions.
+        dtype: of the product's operands; out_dtype: of the output.
+        impl: "triton" or "tiled".
+
+    Returns:
+        ``out`` (B, V) in ``out_dtype``; ``factor`` (B, V) float32, the derivative of the output by the maximal logit,
+        taken before any rounding; ``positions`` (B, V), the maximum's place in its sequence, in the smallest integer
+        that fits. The last two and the inputs are all that the backward pass keeps.
+    """
+    if impl == "triton":
+        from sparton.kernels.forward import triton_forward as forward
+    else:
+        forward = tiled_forward
+    # The dtypes are settled; autocast must not settle them again inside.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return forward(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype)
+
+
+@lsr_forward.register_fake
+def _(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype, impl):
+    shape = (cu_seqlens.shape[0] - 1, weight.shape[0])
+    return (
+        hidden.new_empty(shape, dtype=out_dtype),
+        hidden.new_empty(shape, dtype=sum_dtype(dtype)),
+        hidden.new_empty(shape, dtype=position_dtype(max_seqlen)),
+    )
+
+
+@torch.library.custom_op("sparton::lsr_backward", mutates_args=())
+def lsr_backward(
+    grad: Tensor,
+    factor: Tensor,
+    positions: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the gradients of :func:`lsr_forward`, deterministically.
+
+    Args:
+        grad: (B, V), the gradient by ``out``; the others as saved by the forward pass.
+        need_hidden, need_weight, need_bias: what is not needed is not computed.
+
+    Returns:
+        Gradients by hidden (N, D), weight (V, D) and bias (V,), each in the dtype of its tensor and summed in float32;
+        an empty tensor for what is not needed.
+    """
+    if impl == "triton":
+        from sparton.kernels.backward import triton_backward as backward
+    else:
+        backward = tiled_backward
+    with torch.autocast(hidden.device.type, enabled=False):
+        # Not a plain product: an infinite gradient of an inactive entry must stay without effect.
+        g = torch.where(factor > 0, grad.to(factor.dtype) * factor, 0)
+        d_hidden, d_weight = backward(g, positions, hidden, weight, cu_seqlens, (need_hidden, need_weight))
+        d_bias = g.sum(0).to(bias.dtype) if need_bias else None
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in (d_hidden, d_weight, d_bias))
+
+
+@lsr_backward.register_fake
+def _(grad, factor, positions, hidden, weight, bias, cu_seqlens, need_hidden, need_weight, need_bias, impl):
+    wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
+    return tuple(
+        tensor.new_empty(tensor.shape) if need else hidden.new_empty(0) for tensor, need in wanted
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, cu_seqlens, *_, impl = inputs
+    _, factor, positions = output
+    ctx.save_for_backward(factor, positions, hidden, weight, bias, cu_seqlens)
+    ctx.set_materialize_grads(False)
+    ctx.impl = impl
+
+
+def _backward(ctx, grad, _grad_factor, _grad_positions):
+    if grad is None:
+        return (None,) * 9
+    need = [bool(wanted) for wanted in ctx.needs_input_grad[:3]]
+    factor, positions, hidden, weight, bias, cu_seqlens = ctx.saved_tensors
+    grads = lsr_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, *need, ctx.impl)
+    return (*(value if wanted else None for value, wanted in zip(grads, need, strict=True)), *(None,) * 6)
+
+
+lsr_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,92 @@
+"""Train a sparse retriever: compose, seed, instantiate, fit, test.  `python train.py --help` shows every choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lightning_modules.launch import environment, main, resolve_precision, write_summary
+from lightning_modules.retriever import SparseRetriever
+from retrieval.evaluate import evaluate_bm25, evaluate_collection
+from retrieval.export import export_model
+from retrieval.report_table import results_table
+
+
+def build(cfg: DictConfig) -> tuple[SparseRetriever, L.LightningDataModule, L.Trainer]:
+    """Instantiates everything that the configuration names, with plain arguments."""
+    encoder = instantiate(cfg.model, head=cfg.head.name)
+    tokenizers = {"tokenize_query": encoder.query_tokenizer, "tokenize_doc": encoder.doc_tokenizer}
+    datamodule = instantiate(cfg.data, **tokenizers)
+    module = SparseRetriever(
+        encoder,
+        instantiate(cfg.loss),
+        query_regularizers=instantiate(cfg.regularizer.query),
+        doc_regularizers=instantiate(cfg.regularizer.doc),
+        **OmegaConf.to_container(cfg.optimizer, resolve=True),
+        **OmegaConf.to_container(cfg.scheduler, resolve=True),
+    )
+    loggers = list(instantiate(cfg.logger).values())
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
+    callbacks = list(instantiate(cfg.callbacks).values())
+    trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=loggers)
+    return module, datamodule, trainer
+
+
+def load_best(module: SparseRetriever, trainer: L.Trainer) -> str | None:
+    """Puts the weights of the best checkpoint (by the validation pool) into the module; None where there is none."""
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not path:
+        return None
+    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    return path
+
+
+def train(cfg: DictConfig) -> None:
+    """One run, from an instantiated configuration to ``summary.json``, ``model/`` and the table of results."""
+    L.seed_everything(cfg.seed, workers=True)
+    output_dir, console = Path(cfg.paths.output_dir), Console()
+    module, datamodule, trainer = build(cfg)
+    encoder, device = module.encoder, trainer.strategy.root_device
+    console.print(f"model {cfg.model.name_or_path}, head {encoder.head_name}, {device}, {trainer.precision}")
+    datamodule.setup("fit")
+    console.print(datamodule.describe())
+    if cfg.calibrate.documents and not cfg.ckpt_path:
+        encoder.to(device).calibrate(datamodule.train_documents(cfg.calibrate.documents), cfg.calibrate.quantile)
+
+    collection, rows = datamodule.collection if cfg.test.enabled else None, {}
+    settings = {"split": cfg.test.split, "batch_size": cfg.test.batch_size, "device": device}
+    if collection:
+        rows["BM25"], _ = evaluate_bm25(collection, cfg.test.split)
+        if cfg.test.untrained:
+            rows["untrained"], _ = evaluate_collection(encoder, collection, **settings)
+    trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path)
+    best = load_best(module, trainer)
+    if collection:
+        rows["trained"], _ = evaluate_collection(encoder, collection, output_dir=output_dir, **settings)
+    export_model(encoder, output_dir / "model")
+
+    prefix = {"BM25": "bm25/test/", "untrained": "untrained/test/", "trained": "test/"}
+    summary = {prefix[row] + name: value for row, figures in rows.items() for name, value in figures.items()}
+    for callback in trainer.callbacks:
+        summary |= callback.summary() if hasattr(callback, "summary") else {}
+    summary |= {"status": "finished", "head": encoder.head_name, "best_checkpoint": best} | environment()
+    write_summary(output_dir, summary)
+    for logger in trainer.loggers:
+        logger.log_metrics({k: v for k, v in summary.items() if isinstance(v, float)}, step=trainer.global_step)
+        logger.finalize("success")
+    if rows:
+        console.print(results_table(rows))
+    for what in ("model", "metrics.csv", "summary.json", "checkpoints", "wandb"):
+        if (output_dir / what).exists():
+            console.print(f"{what:>12}  {output_dir / what}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main(train, config_name="train")

@@ -190,8 +190,8 @@ class RetrievalDataModule(LightningDataModule, ABC):
         self.setup("fit")
         pool = self._pool
         return (
-            f"{self._training.description}; {self.steps_per_epoch:,} batches an epoch; validation: {len(pool.query_ids):,}"
-            f" queries in a pool of {len(pool.doc_ids):,} documents ({pool.description})"
+            f"{self._training.description}; {self.steps_per_epoch:,} batches an epoch; validation:"
+            f" {len(pool.query_ids):,} queries in a pool of {len(pool.doc_ids):,} documents ({pool.description})"
         )
 
     def transfer_batch_to_device(self, batch: AnyBatch, device: torch.device, dataloader_idx: int) -> AnyBatch:

@@ -116,7 +116,7 @@ class BeirDataModule(RetrievalDataModule):
         splits = [split_train_dev(part) for part in self._parts]
         if len(self._parts) == 1:
             return splits
-        # split by the ids as they are in the files, so that a collection has the same dev queries alone and in a mixture
+        # split by the ids as they are in the files: a collection has the same dev queries alone and in a mixture
         return [
             TrainDev(*(prefix_qrels(f"{part.name}/", qrels) for qrels in split[:2]), split.derived)
             for part, split in zip(self._parts, splits, strict=True)

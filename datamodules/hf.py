@@ -82,7 +82,9 @@ class DatasetRows:
         entry = self.dataset[index]
         query = self._texts(entry, self.query, index)
         if len(query) != 1:
-            raise ValueError(f"{self.place(index)}: expected one text in '{self.query}', got {len(query)}; split the row")
+            raise ValueError(
+                f"{self.place(index)}: expected one text in '{self.query}', got {len(query)}; split the row"
+            )
         negatives = self._texts(entry, self.negative, index) if self.negative is not None else []
         return Row(query[0], self._texts(entry, self.positive, index), negatives)
 

@@ -85,9 +85,10 @@ def index_rows(rows: Rows) -> RowIndex:
         if number == 0:
             index.scored = row.scores is not None
         elif index.scored != (row.scores is not None):
+            found = "none" if index.scored else "some"
             raise ValueError(
-                f"{rows.place(number)}: expected scores in every row or in none, got {'none' if index.scored else 'some'}"
-                " unlike the rows before; make them alike"
+                f"{rows.place(number)}: expected scores in every row or in none, got {found} unlike the rows before;"
+                " make them alike"
             )
         if number == 0 or len(row.negatives) < index.fewest_negatives:
             index.fewest_negatives, index.fewest_at = len(row.negatives), rows.place(number)

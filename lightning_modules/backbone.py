@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,33 @@ def set_dropout(config: PretrainedConfig, dropout: float | None, attention_dropo
                 setattr(config, name, float(value))
 
 
+@contextmanager
+def quiet(*, progress_bars: bool = False) -> Iterator[None]:
+    """Silences transformers' report of missing keys, which mlm_transform acts upon, and bars for what takes no time."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not progress_bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def random_masked_lm(config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A masked language model with random weights; ``embedding_range`` in the configuration sets its embeddings apart.
+
+    A word that stands out from positions and layers makes its own logit the largest from the start.
+    """
+    model = AutoModelForMaskedLM.from_config(config, **options)
+    embedding_range = getattr(config, "embedding_range", None)
+    if embedding_range is not None:
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=embedding_range)
+    return model
+
+
 def load_masked_lm(
     source: str, config: PretrainedConfig, *, pretrained: bool, local_only: bool, attn_implementation: str | None
 ) -> tuple[PreTrainedModel, set[str]]:
@@ -210,16 +238,13 @@ def load_masked_lm(
         ValueError: one line, if the architecture has no masked language model or the weights do not fit.
     """
     options = {"dtype": torch.float32} | ({"attn_implementation": attn_implementation} if attn_implementation else {})
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its load report repeats what mlm_transform decides from
     try:
-        if not pretrained:
-            return AutoModelForMaskedLM.from_config(config, **options), set()
-        model, info = AutoModelForMaskedLM.from_pretrained(
-            source, config=config, local_files_only=local_only, output_loading_info=True, **options
-        )
+        with quiet(progress_bars=not local_only):
+            if not pretrained:
+                return random_masked_lm(config, options), set()
+            model, info = AutoModelForMaskedLM.from_pretrained(
+                source, config=config, local_files_only=local_only, output_loading_info=True, **options
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"model: {source!r} does not load as a masked LM: {first_line(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     return model, set(info["missing_keys"])

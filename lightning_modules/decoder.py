@@ -97,6 +97,14 @@ def longest_input(model: nn.Module) -> int | None:
     return None
 
 
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Turns gradient checkpointing on: the layers run again in the backward pass instead of keeping activations."""
+    # The older name warns since transformers 5.23; the newer one does not exist in 5.17.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.config.use_cache = False  # of decoders; transformers logs a line for every model that leaves it on
+
+
 def hidden_rows(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """What the decoder would get: (B, S, D)."""
     output = model(input_ids=input_ids, attention_mask=attention_mask)

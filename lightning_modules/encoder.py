@@ -127,7 +127,7 @@ class SparseEncoder(nn.Module):
         self.backbone, self.decoder_name = parts.model, parts.decoder_name
         self.backbone.train()
         if gradient_checkpointing:
-            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            surgery.recompute_layers(self.backbone)
         self.head = getattr(sparton, HEADS[self.head_name]).from_linear(parts.decoder, activation=activation)
         self.register_buffer("logit_scale", torch.ones((), device=parts.decoder.weight.device))
         self.register_load_state_dict_pre_hook(_check_same_vocabulary)
@@ -241,7 +241,15 @@ class SparseEncoder(nn.Module):
         return self.pooled_rows(batch.to(self.logit_scale.device)).float(), counts
 
     def tokenizer_files(self) -> dict[str, str]:
-        """The tokenizer as save_pretrained writes it: file name to text."""
+        """The tokenizer as save_pretrained writes it: file name to text.
+
+        Raises:
+            ValueError: if it is not one of the tokenizers library, whose files are text.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"model.tokenizer: expected one with a tokenizer.json, got {type(self.tokenizer).__name__}")
+        self.tokenizer.backend_tokenizer.no_truncation()  # left over from the last call, which sets them anew
+        self.tokenizer.backend_tokenizer.no_padding()
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
             return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}

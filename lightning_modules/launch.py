@@ -16,7 +16,7 @@ import hydra
 import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -28,7 +28,7 @@ from lightning_modules.summary import write_summary
 __all__ = ["environment", "main", "resolve_precision", "write_summary"]
 
 # Their messages say everything; any other error is named by its class too.
-SPEAKING_ERRORS = (ValueError, TypeError, OSError)
+SPEAKING_ERRORS = (ValueError, TypeError, OSError, HydraException)
 INTERRUPTED = 130
 SHOW_TRACEBACK = "SPARTON_TRACEBACK"
 
@@ -52,8 +52,7 @@ class _Jobs:
             failed = not interrupted
             if failed:
                 line = _record_failure(folder, error)
-                job = f"job {settings.job.num} ({settings.job.override_dirname}) failed: "
-                self.failures.append((job if settings.mode == RunMode.MULTIRUN else "") + line)
+                self.failures.append(_job_name(settings) + line)
             _drop_frames(error)
         except KeyboardInterrupt as error:
             interrupted = True
@@ -83,7 +82,7 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
     jobs = _Jobs(task)
     try:
         arguments = get_args_parser().parse_args()
-        if not (arguments.help or arguments.hydra_help or arguments.version or arguments.config_dir):
+        if not (arguments.help or arguments.hydra_help or arguments.config_dir):
             check_overrides(CONF, arguments.config_name or config_name, arguments.overrides)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(jobs)()
     except KeyboardInterrupt:
@@ -94,6 +93,13 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
         _leave([_describe(error)], 1)
     if jobs.failures:
         _leave(jobs.failures, 1)
+
+
+def _job_name(settings: DictConfig) -> str:
+    """Which job of a sweep; empty for a single run, which has no number."""
+    if settings.mode != RunMode.MULTIRUN:
+        return ""
+    return f"job {settings.job.num} ({settings.job.override_dirname}) failed: "
 
 
 def _leave(lines: list[str], status: int) -> NoReturn:
@@ -126,7 +132,7 @@ def _describe(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, SystemExit):
         return f"the job left with exit status {error.code}"
-    # KeyError and UnicodeError say too little by themselves, whatever they inherit from.
+    # A UnicodeError is a ValueError, but not one of ours.
     speaks = isinstance(error, SPEAKING_ERRORS) and not isinstance(error, UnicodeError)
     return one_line(error) if speaks else f"{type(error).__name__}: {one_line(error)}"
 

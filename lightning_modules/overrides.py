@@ -27,17 +27,21 @@ def check_overrides(conf: Path, config_name: str, arguments: list[str]) -> None:
     Raises:
         ValueError: one line that names the argument, what is wrong with it and the nearest valid names.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(arguments)
-    except HydraException as error:
-        raise ValueError(one_line(error)) from None
-    ours = [override for override in parsed if not _is_hydras(override)]
+    ours = [override for override in map(_parse, arguments) if not _is_hydras(override)]
     for override in ours:
         _check_option(conf, override)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf), version_base="1.3"):
         for job in _jobs(ours):
             _check_job(conf, config_name, job)
+
+
+def _parse(argument: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        reason = one_line(error).split(" See https")[0]
+        raise ValueError(f"{argument}: expected KEY=VALUE or GROUP=OPTION, but {reason}; quote special signs") from None
 
 
 def one_line(error: BaseException) -> str:
@@ -72,7 +76,7 @@ def _check_option(conf: Path, override: Override) -> None:
             if name not in options and name not in ("null", ""):
                 near = _nearest(name, options)
                 raise ValueError(
-                    f"{group}={name}: {group} has no option {name!r}{_did_you_mean(near)}"
+                    f"{_lhs(override)}={name}: {group} has no option {name!r}{_did_you_mean(near)}"
                     f" (its options: {', '.join(options)})"
                 )
 
@@ -121,7 +125,7 @@ def _check_key(conf: Path, tree: dict[str, Any], override: Override) -> None:
     else:
         return
     key = override.key_or_group
-    groups = [str(p.relative_to(conf)) for p in conf.rglob("*") if p.is_dir() and not p.match("*/hydra*")]
+    groups = [folder.name for folder in conf.iterdir() if folder.is_dir() and folder.name != "hydra"]
     near = _nearest(key, [path for path, _ in _paths(tree)] + groups)
     raise ValueError(
         f"{override.input_line}: there is no key {key!r} in the configuration{_did_you_mean(near)}"

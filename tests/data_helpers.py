@@ -46,7 +46,9 @@ def write_lines(path: Path, lines: list[str]) -> Path:
     return path
 
 
-def write_collection(folder: Path, docs: int = 30, queries: int = 20, splits: tuple[str, ...] = ("train", "test")) -> Path:
+def write_collection(
+    folder: Path, docs: int = 30, queries: int = 20, splits: tuple[str, ...] = ("train", "test")
+) -> Path:
     """A BEIR folder: query i of every split is relevant to documents i and i + 1; titles are made of other words."""
     corpus = [{"_id": f"d{i}", "title": f"title {words(i + 50, 3)}", "text": words(i, 8)} for i in range(docs)]
     write_lines(folder / "corpus.jsonl", [json.dumps(entry) for entry in corpus])

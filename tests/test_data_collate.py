@@ -54,7 +54,8 @@ def test_false_negatives_by_hand():
     arguments = loader_arguments()
     examples = [
         Example("a", ["p", "n"], ["p", "n"], frozenset(["p", "x"])),
-        Example("b", ["x", "p"], ["x", "p"], frozenset(["x"])),  # its positive x is relevant to query a, its negative too
+        # both documents of this one are relevant to query a
+        Example("b", ["x", "p"], ["x", "p"], frozenset(["x"])),
         Example("a", ["x", "m"], ["x", "m"], frozenset(["p", "x"])),  # the same query with another positive
     ]
     batch = make_train_batch(examples, arguments["tokenize_query"], arguments["tokenize_doc"])
@@ -69,7 +70,10 @@ def test_false_negatives_by_hand():
 
 def test_teacher_scores_reach_the_batch():
     arguments = loader_arguments()
-    examples = [Example("a", ["p", "n"], [0, 1], frozenset([0]), [2.0, 1.0]), Example("b", ["q", "m"], [2, 3], frozenset([2]), [0.5, 3.0])]
+    examples = [
+        Example("a", ["p", "n"], [0, 1], frozenset([0]), [2.0, 1.0]),
+        Example("b", ["q", "m"], [2, 3], frozenset([2]), [0.5, 3.0]),
+    ]
     batch = make_train_batch(examples, arguments["tokenize_query"], arguments["tokenize_doc"])
     assert batch.teacher_scores.tolist() == [[2.0, 1.0], [0.5, 3.0]]
     assert batch.teacher_scores.dtype == torch.float32

@@ -1,0 +1,1 @@
+"""Bridges to other libraries; each module is imported by whoever needs it, never by sparton itself."""

@@ -1,0 +1,249 @@
+"""SparseEncoder against stock masked language models: vectors, gradients, calibration, options, rebuilding."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from model_families import FAMILIES, SIZES, TEXTS, VOCAB_SIZE, make_tokenizer, naive_reps, save_family
+from torch import nn
+
+from lightning_modules.encoder import SparseEncoder, resolve_head
+
+
+def small(**changes: object) -> SparseEncoder:
+    """A small BERT with random weights, without touching the disk."""
+    config = {"model_type": "bert"} | FAMILIES["bert"]
+    arguments = {"pretrained": False, "config": config, "tokenizer": make_tokenizer(), "head": "naive"}
+    return SparseEncoder("small", **{"max_query_length": 16, "max_doc_length": 32} | arguments | changes)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request, tmp_path_factory):
+    return save_family(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("pool_special_tokens", [True, False])
+def test_forward_is_the_naive_formula_on_stock_logits(saved, pool_special_tokens):
+    encoder = SparseEncoder(
+        str(saved), head="tiled", max_query_length=16, max_doc_length=32, pool_special_tokens=pool_special_tokens
+    ).eval()
+    batch = encoder.doc_tokenizer(TEXTS)
+    assert encoder.mlm_transform == "keep"
+    torch.testing.assert_close(encoder(batch), naive_reps(saved, batch), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_reach_every_parameter(saved):
+    encoder = SparseEncoder(str(saved), head="naive", max_query_length=16, max_doc_length=32)
+    query, doc = encoder(encoder.query_tokenizer(TEXTS[:2]), encoder.doc_tokenizer(TEXTS))
+    (query.sum() + doc.sum()).backward()
+    names = dict(encoder.named_parameters())
+    assert [name for name, parameter in names.items() if parameter.grad is None] == []
+    assert len({parameter.data_ptr() for parameter in names.values()}) == len(names)
+
+
+def test_weight_and_bias_are_the_models_own(saved):
+    encoder = SparseEncoder(str(saved), head="naive", max_query_length=16, max_doc_length=32)
+    assert encoder.head.weight is encoder.backbone.get_input_embeddings().weight
+    assert isinstance(encoder.backbone.get_submodule(encoder.decoder_name), nn.Identity)
+    twice = encoder.state_dict()
+    assert twice["head.weight"].data_ptr() == encoder.head.weight.data_ptr()
+
+
+def test_untied_bert_leaves_no_parameter_without_gradient(tmp_path):
+    directory = save_family("bert", tmp_path, tie_word_embeddings=False)
+    encoder = SparseEncoder(str(directory), head="naive", max_query_length=16, max_doc_length=32).eval()
+    batch = encoder.doc_tokenizer(TEXTS)
+    assert encoder.head.weight is not encoder.backbone.get_input_embeddings().weight
+    torch.testing.assert_close(encoder(batch), naive_reps(directory, batch), atol=1e-5, rtol=1e-5)
+    encoder(batch).sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_decoder_without_bias_keeps_none(tmp_path):
+    directory = save_family("modernbert", tmp_path, decoder_bias=False)
+    encoder = SparseEncoder(str(directory), head="tiled", max_query_length=16, max_doc_length=32).eval()
+    batch = encoder.doc_tokenizer(TEXTS)
+    assert encoder.head.bias is None
+    torch.testing.assert_close(encoder(batch), naive_reps(directory, batch), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="decoder with a bias"):
+        encoder.calibrate(TEXTS)
+
+
+def test_several_batches_go_through_the_head_once():
+    encoder = small().eval()
+    calls = []
+    encoder.head.register_forward_hook(lambda *_: calls.append(1))
+    query, doc = encoder.query_tokenizer(TEXTS[:2]), encoder.doc_tokenizer(TEXTS)
+    together = encoder(query, doc)
+    assert len(calls) == 1
+    for rep, batch in zip(together, (query, doc), strict=True):
+        assert rep.shape == (batch.input_ids.shape[0], VOCAB_SIZE)
+        torch.testing.assert_close(rep, encoder(batch))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_does_not_change_the_vectors(side, tmp_path):
+    encoder = SparseEncoder(str(save_family("roberta", tmp_path)), max_query_length=16, max_doc_length=32).eval()
+    encoder.tokenizer.padding_side = side
+    batch = encoder.doc_tokenizer(TEXTS)
+    alone = torch.cat([encoder(encoder.doc_tokenizer([text])) for text in TEXTS])
+    torch.testing.assert_close(encoder(batch), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_calibration_makes_a_share_of_the_vocabulary_active():
+    encoder = small()
+    encoder.train()
+    encoder.calibrate(TEXTS * 10, quantile=0.9)
+    encoder_again = small()
+    encoder_again.calibrate(TEXTS * 10, quantile=0.9)
+    assert encoder.training
+    encoder.eval()
+    active = (encoder(encoder.doc_tokenizer(TEXTS)) > 0).float().mean()
+    assert abs(active.item() - 0.1) < 0.02
+    batch = encoder.doc_tokenizer(TEXTS)
+    logits = encoder.pooled_rows(batch) @ encoder.head.weight.T
+    assert abs(logits.std(correction=0).item() - 1) < 1e-4
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, encoder_again.state_dict()[name]), name
+
+
+def test_calibration_counts_the_decoders_bias(saved):
+    encoder = SparseEncoder(str(saved), head="naive", max_query_length=16, max_doc_length=32).eval()
+    batch = encoder.doc_tokenizer(TEXTS)
+    logits = encoder.pooled_rows(batch) @ encoder.head.weight.T + encoder.head.bias
+    encoder.calibrate(TEXTS)
+    torch.testing.assert_close(encoder.logit_scale, 1 / logits.std(correction=0), rtol=1e-4, atol=0)
+    active = (encoder(batch) > 0).float().mean()
+    assert abs(active.item() - 0.1) < 0.02
+
+
+def test_skip_pools_the_last_hidden_state(tmp_path):
+    directory = save_family("bert", tmp_path)
+    encoder = SparseEncoder(
+        str(directory), head="naive", mlm_transform="skip", max_query_length=16, max_doc_length=32
+    ).eval()
+    batch = encoder.doc_tokenizer(TEXTS)
+    hidden = encoder.backbone(batch.input_ids, batch.attention_mask).last_hidden_state
+    logits = hidden @ encoder.backbone.get_input_embeddings().weight.T
+    expected = (logits.relu().log1p() * batch.attention_mask[..., None]).amax(1)
+    torch.testing.assert_close(encoder(batch), expected, atol=1e-5, rtol=1e-5)
+    assert not [name for name, _ in encoder.named_parameters() if "cls" in name or "pooler" in name]
+
+
+def test_rebuilt_from_a_checkpoint_without_the_original(saved):
+    encoder = SparseEncoder(str(saved), head="naive", max_query_length=16, max_doc_length=32).eval()
+    encoder.calibrate(TEXTS)
+    buffer = io.BytesIO()
+    torch.save({"hparams": encoder.hparams(), "state_dict": encoder.state_dict()}, buffer)
+    buffer.seek(0)
+    stored = torch.load(buffer, weights_only=True)
+    again = SparseEncoder.from_hparams(stored["hparams"], head="tiled")
+    again.load_state_dict(stored["state_dict"])
+    batch = again.eval().doc_tokenizer(TEXTS)
+    torch.testing.assert_close(again(batch), encoder(batch), atol=1e-6, rtol=1e-6)
+    before, after = encoder.hparams(), again.hparams()
+    assert before.pop("tokenizer_files").keys() == after.pop("tokenizer_files").keys()
+    assert before == after
+
+
+def test_random_weights_follow_the_seed_only():
+    states = []
+    for outer, seed in ((1, 5), (2, 5), (1, 6)):
+        torch.manual_seed(outer)
+        before = torch.get_rng_state()
+        states.append(small(seed=seed).state_dict())
+        assert torch.equal(before, torch.get_rng_state())
+    weight = "backbone.bert.encoder.layer.0.output.dense.weight"
+    assert torch.equal(states[0][weight], states[1][weight])
+    assert not torch.equal(states[0][weight], states[2][weight])
+
+
+def test_a_copy_keeps_its_ties():
+    clone = copy.deepcopy(small())
+    assert clone.head.weight is clone.backbone.get_input_embeddings().weight
+
+
+def test_dropout_and_checkpointing_reach_the_backbone():
+    encoder = small(dropout=0.3, attention_dropout=0.2, gradient_checkpointing=True)
+    assert encoder.backbone.config.hidden_dropout_prob == 0.3
+    assert encoder.backbone.config.attention_probs_dropout_prob == 0.2
+    encoder.train()
+    encoder(encoder.doc_tokenizer(TEXTS)).sum().backward()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in encoder.backbone.modules())
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    plain, recomputed = (small(dropout=0.0, gradient_checkpointing=flag) for flag in (False, True))
+    for encoder in (plain, recomputed):
+        encoder(encoder.doc_tokenizer(TEXTS)).sum().backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), recomputed.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_heads_are_resolved(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_head("auto") == "sparton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_head("auto") == "tiled"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_head("sparton") == "sparton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="head=auto"):
+        resolve_head("sparton")
+    with pytest.raises(ValueError, match="expected one of auto, naive"):
+        resolve_head("fast")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlm_transform": "drop"}, "mlm_transform: expected one of auto, keep, skip"),
+        ({"max_doc_length": 64}, "max_doc_length: expected at most the 40 positions"),
+        ({"dropout": 1.5}, r"dropout: expected a rate in \[0, 1\)"),
+        ({"config": {"model_type": "bert"} | SIZES | {"vocab_size": 9, "num_attention_heads": 2}}, "at most 9 words"),
+        ({"config": None}, "expected the architecture of 'small'"),
+        ({"config": {"hidden_size": 8}}, "expected the key model_type"),
+        ({"pretrained": True}, "model.pretrained=false"),
+        ({"attn_implementation": "no_such"}, "does not load as a masked LM"),
+    ],
+)
+def test_bad_arguments_are_one_line(changes, message, monkeypatch):
+    monkeypatch.setattr("lightning_modules.backbone.hub_reachable", lambda: False)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        small(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_directories_are_one_line(tmp_path):
+    directory = save_family("bert", tmp_path / "model")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = {str(empty): "config.json", str(tmp_path / "none" / "such"): "does not exist"}
+    for path, message in cases.items():
+        with pytest.raises(FileNotFoundError, match=message):
+            SparseEncoder(path)
+    (directory / "model.safetensors").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="expected weights"):
+        SparseEncoder(str(directory))
+    assert SparseEncoder(str(directory), pretrained=False, max_doc_length=32, max_query_length=8).vocab_size == VOCAB_SIZE
+    (tmp_path / "elsewhere").rename(directory / "model.safetensors")
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="found no tokenizer"):
+        SparseEncoder(str(directory))
+
+
+def test_skip_needs_embeddings_as_wide_as_the_hidden_state(tmp_path):
+    with pytest.raises(ValueError, match="use model.mlm_transform=keep"):
+        SparseEncoder(str(save_family("albert", tmp_path)), mlm_transform="skip")
+
+
+def test_checkpoint_of_another_vocabulary_is_one_line():
+    other = small(config={"model_type": "bert"} | FAMILIES["bert"] | {"vocab_size": 128})
+    with pytest.raises(ValueError, match="expected a vocabulary and hidden size") as caught:
+        small().load_state_dict(other.state_dict())
+    assert "\n" not in str(caught.value)

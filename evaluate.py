@@ -21,8 +21,8 @@ def task(cfg: DictConfig) -> None:
         raise ValueError("model_path: expected a checkpoint, a folder or a hub id, got nothing; add model_path=<one>")
     device, autocast_dtype = resolve_compute(cfg.device, cfg.precision)
     collection, output_dir = open_collection(OmegaConf.select(cfg, "data.path")), Path(cfg.paths.output_dir)
-    rows = {"BM25": evaluate_bm25(collection, cfg.split)[0]}
     encoder = load_encoder(cfg.model_path, head=cfg.head.name)
+    rows = {"BM25": evaluate_bm25(collection, cfg.split)[0]}
     rows["model"], _ = evaluate_collection(
         encoder,
         collection,

@@ -7,22 +7,38 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger(__name__)
 
 BUNDLED_TOKENIZER = Path(__file__).resolve().parents[1] / "data" / "tiny"
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
+)
 HIDDEN_DROPOUTS = ("hidden_dropout_prob", "dropout", "embedding_dropout", "mlp_dropout")
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
 WAYS_ON = (
     "give a local directory in model.name_or_path, or model.pretrained=false for random weights of that architecture"
 )
+
+
+class LanguageModel(NamedTuple):
+    """A masked language model as loaded: model, tokenizer, and the parameters that the checkpoint lacks."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    missing_keys: set[str]
 
 
 def hub_reachable(timeout: float = 5.0) -> bool:
@@ -248,3 +264,39 @@ def load_masked_lm(
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"model: {source!r} does not load as a masked LM: {first_line(error)}") from error
     return model, set(info["missing_keys"])
+
+
+def load_language_model(
+    name_or_path: str | None,
+    *,
+    pretrained: bool,
+    config: Mapping[str, Any] | None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None,
+    packaged: str | None,
+    attn_implementation: str | None,
+    dropout: float | None,
+    attention_dropout: float | None,
+    seed: int,
+) -> LanguageModel:
+    """A masked language model with the tokenizer that belongs to it; arguments as in ``SparseEncoder``.
+
+    Raises:
+        ValueError, FileNotFoundError: one line with argument, expected, got and remedy.
+    """
+    if pretrained and not name_or_path:
+        raise ValueError("model.name_or_path: expected a directory or hub id, got none; or set model.pretrained=false")
+    source, local_only = resolve_source(name_or_path, packaged) if pretrained else (name_or_path, True)
+    model_config = load_config(source, config, pretrained=pretrained, local_only=local_only)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        own = source if pretrained or (source and Path(source).expanduser().is_dir()) else None
+        tokenizer = load_tokenizer(own, tokenizer, local_only=local_only)
+    check_vocabulary(tokenizer, model_config)
+    if not pretrained:  # the RoBERTa family counts positions from the padding id
+        model_config.pad_token_id = tokenizer.pad_token_id
+    set_dropout(model_config, dropout, attention_dropout)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPU's generators too
+        model, missing_keys = load_masked_lm(
+            source, model_config, pretrained=pretrained, local_only=local_only, attn_implementation=attn_implementation
+        )
+    return LanguageModel(model, tokenizer, missing_keys)

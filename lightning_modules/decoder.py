@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 class Backbone(NamedTuple):
@@ -88,6 +91,22 @@ def skip_transform(model: PreTrainedModel) -> Backbone:
     return Backbone(base, decoder, None)
 
 
+def cut(model: PreTrainedModel, missing_keys: set[str], mlm_transform: str) -> Backbone:
+    """Divides a masked language model into what stands before the head and the head's parameters.
+
+    Args:
+        model: the whole model, with its decoder.
+        missing_keys: parameters that its checkpoint lacks.
+        mlm_transform: keep, skip, or auto: skip where the checkpoint lacks the transform, else keep.
+    """
+    missing = transform_is_missing(model, decoder_name(model), missing_keys)
+    if mlm_transform == "skip" or (missing and mlm_transform == "auto"):
+        return skip_transform(model)
+    if missing:
+        log.warning("model.mlm_transform=keep: the checkpoint has no MLM transform, its weights here are random")
+    return take_decoder(model)
+
+
 def longest_input(model: nn.Module) -> int | None:
     """Most tokens that the model's table of absolute positions allows; None where it has no such table."""
     for name, module in model.named_modules():
@@ -99,6 +118,11 @@ def longest_input(model: nn.Module) -> int | None:
 
 def recompute_layers(model: PreTrainedModel) -> None:
     """Turns gradient checkpointing on: the layers run again in the backward pass instead of keeping activations."""
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"model.gradient_checkpointing: expected false, {type(model).__name__} cannot recompute its layers; "
+            "set it to false"
+        )
     # The older name warns since transformers 5.23; the newer one does not exist in 5.17.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

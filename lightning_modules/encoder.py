@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import sparton
 from datamodules.collate import TextBatch, TextTokenizer
 from lightning_modules import backbone as loading
 from lightning_modules import decoder as surgery
+from lightning_modules.calibration import document_maxima, logit_deviation
 
 HEADS = {"naive": "NaiveHead", "compiled": "CompiledHead", "tiled": "TiledHead", "sparton": "SpartonHead"}
 TRANSFORMS = ("auto", "keep", "skip")
 CALIBRATION_BATCH = 32  # texts
-CALIBRATION_TILE = 4096  # words of the vocabulary
 
 
 def resolve_head(head: str) -> str:
@@ -99,31 +99,20 @@ class SparseEncoder(nn.Module):
         super().__init__()
         if mlm_transform not in TRANSFORMS:
             raise ValueError(f"model.mlm_transform: expected one of {', '.join(TRANSFORMS)}, got {mlm_transform!r}")
-        if pretrained and not name_or_path:
-            raise ValueError("model.name_or_path: expected a directory or hub id, got none; or model.pretrained=false")
         self.head_name = resolve_head(head)
-        source, local_only = loading.resolve_source(name_or_path, packaged) if pretrained else (name_or_path, True)
-        model_config = loading.load_config(source, config, pretrained=pretrained, local_only=local_only)
-        if isinstance(tokenizer, PreTrainedTokenizerBase):
-            self.tokenizer = tokenizer
-        else:
-            own = source if pretrained or (source and Path(source).expanduser().is_dir()) else None
-            self.tokenizer = loading.load_tokenizer(own, tokenizer, local_only=local_only)
-        loading.check_vocabulary(self.tokenizer, model_config)
-        if not pretrained:  # the RoBERTa family counts positions from the padding id
-            model_config.pad_token_id = self.tokenizer.pad_token_id
-        loading.set_dropout(model_config, dropout, attention_dropout)
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model, missing = loading.load_masked_lm(
-                source, model_config,
-                pretrained=pretrained, local_only=local_only, attn_implementation=attn_implementation,
-            )
-        if mlm_transform == "auto":
-            skip = surgery.transform_is_missing(model, surgery.decoder_name(model), missing)
-            mlm_transform = "skip" if skip else "keep"
-        parts = surgery.skip_transform(model) if mlm_transform == "skip" else surgery.take_decoder(model)
+        loaded = loading.load_language_model(
+            name_or_path,
+            pretrained=pretrained,
+            config=config,
+            tokenizer=tokenizer,
+            packaged=packaged,
+            attn_implementation=attn_implementation,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            seed=seed,
+        )
+        self.tokenizer = loaded.tokenizer
+        parts = surgery.cut(loaded.model, loaded.missing_keys, mlm_transform)
         self.backbone, self.decoder_name = parts.model, parts.decoder_name
         self.backbone.train()
         if gradient_checkpointing:
@@ -134,7 +123,7 @@ class SparseEncoder(nn.Module):
 
         self._options = {
             "name_or_path": name_or_path,
-            "mlm_transform": mlm_transform,
+            "mlm_transform": "skip" if parts.decoder_name is None else "keep",
             "max_query_length": max_query_length,
             "max_doc_length": max_doc_length,
             "pool_special_tokens": pool_special_tokens,
@@ -216,19 +205,22 @@ class SparseEncoder(nn.Module):
             ValueError: if the decoder has no bias, or there is no text.
         """
         if self.head.bias is None:
-            raise ValueError("calibrate: expected a decoder with a bias, this model's has none; set calibrate.documents=0")
+            raise ValueError(
+                "calibrate: expected a decoder with a bias, this model's has none; set calibrate.documents=0"
+            )
         if not texts or not 0 < quantile < 1:
             raise ValueError(f"calibrate: expected texts and a quantile in (0, 1), got {len(texts)} and {quantile}")
         was_training = self.training
         self.eval()
         if self.decoder_name is not None:
             surgery.final_norm(self.backbone)  # what cannot be exported later is refused now
-        batches = [self._calibration_rows(chunk) for chunk in _chunks(list(texts), CALIBRATION_BATCH)]
-        deviation = _logit_deviation([rows for rows, _ in batches], self.head.weight, self.head.bias)
+        starts = range(0, len(texts), CALIBRATION_BATCH)
+        batches = [self._calibration_rows(texts[start : start + CALIBRATION_BATCH]) for start in starts]
+        deviation = logit_deviation([rows for rows, _ in batches], self.head.weight, self.head.bias)
         self.logit_scale /= deviation
         self.head.bias /= deviation
         maxima = torch.cat(
-            [_maxima(rows / deviation, counts, self.head.weight, self.head.bias) for rows, counts in batches]
+            [document_maxima(rows / deviation, counts, self.head.weight, self.head.bias) for rows, counts in batches]
         )
         rank = max(1, round(quantile * maxima.numel()))
         self.head.bias -= maxima.flatten().kthvalue(rank).values.to(self.head.bias.device)
@@ -247,7 +239,10 @@ class SparseEncoder(nn.Module):
             ValueError: if it is not one of the tokenizers library, whose files are text.
         """
         if not self.tokenizer.is_fast:
-            raise ValueError(f"model.tokenizer: expected one with a tokenizer.json, got {type(self.tokenizer).__name__}")
+            raise ValueError(
+                f"model.tokenizer: expected one of the tokenizers library, got {type(self.tokenizer).__name__}; "
+                "choose a checkpoint with a tokenizer.json"
+            )
         self.tokenizer.backend_tokenizer.no_truncation()  # left over from the last call, which sets them anew
         self.tokenizer.backend_tokenizer.no_padding()
         with tempfile.TemporaryDirectory() as folder:
@@ -286,43 +281,3 @@ def _check_same_vocabulary(
             f"checkpoint: expected a vocabulary and hidden size of {expected}, got {got}; "
             "it belongs to another model, choose that one with model="
         )
-
-
-def _chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _logit_deviation(batches: Sequence[Tensor], weight: Tensor, bias: Tensor) -> float:
-    """Standard deviation of ``rows @ weight.T + bias`` over all rows and words, without the logits.
-
-    ``sum (h.w + b)^2 = h'Gh + 2 h'(W'b) + b'b`` with the Gram matrix ``G = W'W``.
-    """
-    dim = weight.shape[1]
-    gram = weight.new_zeros(dim, dim, dtype=torch.float64)
-    column_sum, cross = (weight.new_zeros(dim, dtype=torch.float64) for _ in range(2))
-    for w, b in zip(weight.split(CALIBRATION_TILE), bias.split(CALIBRATION_TILE), strict=True):
-        w, b = w.double(), b.double()
-        gram += w.T @ w
-        column_sum += w.sum(0)
-        cross += w.T @ b
-    total = squares = 0.0
-    count = sum(len(rows) for rows in batches)
-    for rows in batches:
-        h = rows.double()
-        total += (h @ column_sum).sum().item()
-        squares += ((h @ gram) * h).sum().item() + 2 * (h @ cross).sum().item()
-    words = weight.shape[0]
-    mean = total / (count * words) + bias.double().mean().item()
-    variance = squares / (count * words) + bias.double().square().mean().item() - mean**2
-    if not variance > 0:
-        raise ValueError("calibrate: expected logits that differ, got a constant; check the model's weights")
-    return variance**0.5
-
-
-def _maxima(rows: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor) -> Tensor:
-    """Largest logit of each word in each document: (documents, V) float32 on the CPU."""
-    tiles = []
-    for w, b in zip(weight.split(CALIBRATION_TILE), bias.split(CALIBRATION_TILE), strict=True):
-        logits = torch.addmm(b.float(), rows, w.float().T)
-        tiles.append(torch.stack([part.amax(0) for part in logits.split(counts)]).cpu())
-    return torch.cat(tiles, dim=1)

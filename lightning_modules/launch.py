@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +79,7 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
         config_name: root configuration below ``conf/``.
     """
     register_resolvers()
+    _quieten()
     # Hydra then hands its own errors on, instead of printing several lines and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     jobs = _Jobs(task)
@@ -93,6 +96,14 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
         _leave([_describe(error)], 1)
     if jobs.failures:
         _leave(jobs.failures, 1)
+
+
+def _quieten() -> None:
+    """Keeps from the terminal what Lightning says about itself; its warnings about the run stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning 2.6 calls what torch 2.13 renamed: nothing that a user could change.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
 
 
 def _job_name(settings: DictConfig) -> str:

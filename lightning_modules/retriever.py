@@ -111,6 +111,18 @@ class SparseRetriever(L.LightningModule):
         figures = measure(data.val_qrels, run) | sparsity(query, doc)
         self.log_dict({f"val_pool/{name}": value for name, value in figures.items()})
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as Lightning does, which refuses a fused optimizer under any autocast although only fp16 scales."""
+        if gradient_clip_val and self.trainer.precision == "bf16-mixed" and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def configure_optimizers(self) -> dict:
         decayed = [p for p in self.parameters() if p.requires_grad and p.ndim >= 2]
         plain = [p for p in self.parameters() if p.requires_grad and p.ndim < 2]

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-HOST = "https://api.wandb.ai"
+# The server has two names; a key for one opens the other.
+HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 MODES = {"online", "offline", "disabled", "shared"}
 CONNECT_SECONDS = 20
 
@@ -62,12 +63,13 @@ def has_key() -> bool:
     """Whether ``WANDB_API_KEY`` or the netrc file has a key for the server."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", HOST)).hostname or ""
+    own_server = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
-        return netrc.netrc(path).hosts.get(host) is not None
+        known = netrc.netrc(path).hosts
     except (OSError, netrc.NetrcParseError):
         return False
+    return any(host in known for host in ([own_server] if own_server else HOSTS))
 
 
 def _start(mode: str, settings: dict[str, str | None]) -> WandbLogger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,8 @@ def bm25_search(
     Raises:
         ValueError: if there is no document or ``k`` is below 1.
     """
+    # Where jax is installed, bm25s starts it at import, and it would take three quarters of the GPU's memory.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import bm25s
     import Stemmer
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor, nn
 
-SIDES = ("query", "doc")
+from datamodules.collate import TextTokenizer
+
+SIDES = {"query": "queries", "doc": "documents"}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,8 +54,9 @@ def encode_texts(
     *,
     batch_size: int = 64,
     device: torch.device | str | None = None,
+    batch_tokens: int | None = None,
     top_k: int | None = None,
-    progress: str | None = None,
+    progress: bool | Callable[[int, int], None] = False,
     autocast_dtype: torch.dtype | None = None,
 ) -> sp.csr_matrix:
     """Encodes texts without gradients and in evaluation mode; dense vectors exist for one batch at a time only.
@@ -64,10 +67,12 @@ def encode_texts(
         encoder: maps a TextBatch to (B, V) and has ``query_tokenizer`` and ``doc_tokenizer`` (SparseEncoder).
         texts: n of them.
         side: ``"query"`` or ``"doc"``: which tokenizer, and so which maximum length.
-        batch_size: texts in a batch.
+        batch_size: the most texts in a batch; dense vectors of so many exist at once.
+        batch_tokens: the most tokens in a batch, padding included (a longer text is a batch of its own); None sets no
+            limit.
         device: where to encode; the encoder is moved there. None leaves it where it is.
         top_k: keep so many of a text's largest entries; None keeps all.
-        progress: title of a progress bar; None shows none.
+        progress: True shows a bar; a function is called with the number of texts done and of all, after each batch.
         autocast_dtype: compute under autocast in this dtype (``torch.bfloat16`` on CUDA); None doesn't.
 
     Returns:
@@ -76,26 +81,17 @@ def encode_texts(
     Raises:
         ValueError: for an unknown side, no text, a batch size or ``top_k`` below 1, or vectors that aren't finite.
     """
-    if side not in SIDES:
-        raise ValueError(f"side: expected 'query' or 'doc', got {side!r}; correct side")
-    if not texts:
-        raise ValueError(f"texts: expected at least one text to encode, got none; check the {side} texts' source")
-    for name, value in (("batch_size", batch_size), ("top_k", top_k)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected a number >= 1, got {value}; raise {name}")
+    _check(texts, side, {"batch_size": batch_size, "batch_tokens": batch_tokens, "top_k": top_k})
     device = torch.device(device) if device is not None else next(encoder.parameters()).device
     encoder.to(device)
     tokenize = encoder.query_tokenizer if side == "query" else encoder.doc_tokenizer
-    # Characters stand for tokens: nearly the same order, without tokenising everything twice.
-    order = np.argsort([-len(text) for text in texts], kind="stable")
-    starts: Iterator[int] | range = range(0, len(order), batch_size)
-    if progress is not None:
-        starts = track(starts, description=progress)
+    order, lengths = _longest_first(texts, tokenize, batch_size, batch_tokens)
     autocast = torch.autocast(device.type, dtype=autocast_dtype) if autocast_dtype is not None else nullcontext()
-    pieces = []
-    with _evaluation_mode(encoder), torch.inference_mode(), autocast:
-        for start in starts:
-            batch = tokenize([texts[index] for index in order[start : start + batch_size]])
+    pieces, done = [], 0
+    with _evaluation_mode(encoder), torch.inference_mode(), autocast, _reporter(progress, side) as report:
+        while done < len(order):
+            rows = batch_size if lengths is None else min(batch_size, max(1, batch_tokens // lengths[order[done]]))
+            batch = tokenize([texts[index] for index in order[done : done + rows]])
             rep = encoder(batch.to(device, non_blocking=True))
             pieces.append(to_csr(rep if top_k is None else keep_largest(rep, top_k)))
             if not np.isfinite(pieces[-1].data).all():
@@ -103,9 +99,67 @@ def encode_texts(
                     f"encoder: expected finite {side} vectors, got NaN or infinity; the weights have diverged or the"
                     " precision is too low: load another checkpoint or encode in fp32"
                 )
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order))
-    return sp.vstack(pieces, format="csr")[inverse]
+            done = min(done + rows, len(order))
+            report(done, len(order))
+    return _in_order(pieces, order)
+
+
+def _check(texts: Sequence[str], side: str, numbers: dict[str, int | None]) -> None:
+    if side not in SIDES:
+        raise ValueError(f"side: expected 'query' or 'doc', got {side!r}; correct side")
+    if not texts:
+        raise ValueError(f"texts: expected at least one text to encode, got none; check the {side} texts' source")
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected a number >= 1, got {value}; raise {name}")
+
+
+def _longest_first(
+    texts: Sequence[str], tokenize: TextTokenizer, batch_size: int, batch_tokens: int | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The order in which texts are encoded, and their numbers of tokens where a budget needs them.
+
+    Where no batch can exceed the budget, characters stand for tokens: nearly the same order, without tokenising
+    everything twice.
+    """
+    if batch_tokens is None or batch_size * tokenize.max_length <= batch_tokens:
+        return np.argsort([-len(text) for text in texts], kind="stable"), None
+    lengths = np.array(tokenize.lengths(texts))
+    return np.argsort(-lengths, kind="stable"), lengths
+
+
+def _in_order(pieces: list[sp.csr_matrix], order: np.ndarray) -> sp.csr_matrix:
+    """Stacks ``pieces``, whose row i belongs at ``order[i]``, and empties the list on the way.
+
+    The result and the pieces not yet copied are all that exists: vectors before training have thousands of active
+    dimensions, of which no third copy fits.
+    """
+    counts = np.empty(len(order), dtype=np.int64)
+    counts[order] = np.concatenate([np.diff(piece.indptr) for piece in pieces])
+    indptr = np.concatenate([[0], counts.cumsum()])
+    columns = pieces[0].shape[1]
+    data, indices = np.empty(indptr[-1], dtype=np.float32), np.empty(indptr[-1], dtype=np.int32)
+    last = len(order)
+    while pieces:
+        piece = pieces.pop()
+        last -= piece.shape[0]
+        for row, start, end in zip(order[last:], piece.indptr[:-1], piece.indptr[1:], strict=False):
+            data[indptr[row] : indptr[row + 1]] = piece.data[start:end]
+            indices[indptr[row] : indptr[row + 1]] = piece.indices[start:end]
+    return sp.csr_matrix((data, indices, indptr), shape=(len(order), columns))
+
+
+@contextmanager
+def _reporter(progress: bool | Callable[[int, int], None], side: str) -> Iterator[Callable[[int, int], None]]:
+    """What is called with the number of texts done and of all."""
+    if callable(progress):
+        yield progress
+        return
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task(f"encode {SIDES[side]}", total=None)
+        yield lambda done, total: bar.update(
+            task, completed=done, total=total, description=f"encode {total:,} {SIDES[side]}"
+        )
 
 
 def resolve_compute(device: str, precision: str) -> tuple[torch.device, torch.dtype | None]:

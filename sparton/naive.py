@@ -34,8 +34,8 @@ def naive_head(
     if attention_mask is not None:
         # NaN times zero is NaN: what stands in the padding must be gone before the product, and so from dW as well.
         hidden = hidden.masked_fill(~attention_mask.bool()[..., None], 0)
-    if hidden.shape[1] == 0:
-        return (hidden.sum(1) @ weight.to(dtype).T * 0).to(out_dtype)
+    if hidden.shape[1] == 0:  # no text has a token: one masked slot gives each of them its zeros
+        hidden, attention_mask = hidden.new_zeros(len(hidden), 1, weight.shape[1]), hidden.new_zeros(len(hidden), 1)
     logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
     values = torch.log1p(torch.relu(logits))
     if activation == "log1p_log1p":

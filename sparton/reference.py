@@ -20,4 +20,4 @@ def lsr_head_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, leng
     """
     logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     parts = logits.relu().log1p().split(lengths)
-    return torch.stack([p.max(0).values if len(p) else logits.new_zeros(len(weight)) for p in parts])
+    return torch.stack([p.max(0).values if len(p) else p.sum(0) for p in parts])

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedTokenizerFa
 
 from datamodules.collate import TextBatch
 
-WORDS = "gene cell protein mouse human cancer study the of in and is a response immune blood rate risk drug dose".split()
+WORDS = "gene cell protein mouse human cancer study the of in and is a response immune blood risk drug dose".split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCAB_SIZE = 96  # more words than the tokenizer has, as in checkpoints padded to a round size
 TEXTS = ["gene response in the mouse", "cancer", "immune cell study of human blood and drug dose risk"]
@@ -20,7 +20,12 @@ SIZES = {"hidden_size": 16, "intermediate_size": 32}
 FAMILIES: dict[str, dict] = {
     "bert": COMMON | SIZES,
     "distilbert": {
-        "vocab_size": VOCAB_SIZE, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 40
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 40,
+        "dim": 16,
+        "hidden_dim": 32,
+        "n_layers": 2,
+        "n_heads": 2,
     },
     "roberta": COMMON | SIZES | {"type_vocab_size": 1},
     "xlm-roberta": COMMON | SIZES | {"type_vocab_size": 1},

@@ -12,12 +12,16 @@ from torch import nn
 
 from lightning_modules.encoder import SparseEncoder, resolve_head
 
+# DeBERTa in transformers 5.17 scripts a function at import.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+LENGTHS = {"max_query_length": 16, "max_doc_length": 32}
+
 
 def small(**changes: object) -> SparseEncoder:
     """A small BERT with random weights, without touching the disk."""
     config = {"model_type": "bert"} | FAMILIES["bert"]
     arguments = {"pretrained": False, "config": config, "tokenizer": make_tokenizer(), "head": "naive"}
-    return SparseEncoder("small", **{"max_query_length": 16, "max_doc_length": 32} | arguments | changes)
+    return SparseEncoder("small", **LENGTHS | arguments | changes)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -28,7 +32,7 @@ def saved(request, tmp_path_factory):
 @pytest.mark.parametrize("pool_special_tokens", [True, False])
 def test_forward_is_the_naive_formula_on_stock_logits(saved, pool_special_tokens):
     encoder = SparseEncoder(
-        str(saved), head="tiled", max_query_length=16, max_doc_length=32, pool_special_tokens=pool_special_tokens
+        str(saved), head="tiled", **LENGTHS, pool_special_tokens=pool_special_tokens
     ).eval()
     batch = encoder.doc_tokenizer(TEXTS)
     assert encoder.mlm_transform == "keep"
@@ -36,7 +40,7 @@ def test_forward_is_the_naive_formula_on_stock_logits(saved, pool_special_tokens
 
 
 def test_gradients_reach_every_parameter(saved):
-    encoder = SparseEncoder(str(saved), head="naive", max_query_length=16, max_doc_length=32)
+    encoder = SparseEncoder(str(saved), head="naive", **LENGTHS)
     query, doc = encoder(encoder.query_tokenizer(TEXTS[:2]), encoder.doc_tokenizer(TEXTS))
     (query.sum() + doc.sum()).backward()
     names = dict(encoder.named_parameters())
@@ -45,7 +49,7 @@ def test_gradients_reach_every_parameter(saved):
 
 
 def test_weight_and_bias_are_the_models_own(saved):
-    encoder = SparseEncoder(str(saved), head="naive", max_query_length=16, max_doc_length=32)
+    encoder = SparseEncoder(str(saved), head="naive", **LENGTHS)
     assert encoder.head.weight is encoder.backbone.get_input_embeddings().weight
     assert isinstance(encoder.backbone.get_submodule(encoder.decoder_name), nn.Identity)
     twice = encoder.state_dict()
@@ -54,7 +58,7 @@ def test_weight_and_bias_are_the_models_own(saved):
 
 def test_untied_bert_leaves_no_parameter_without_gradient(tmp_path):
     directory = save_family("bert", tmp_path, tie_word_embeddings=False)
-    encoder = SparseEncoder(str(directory), head="naive", max_query_length=16, max_doc_length=32).eval()
+    encoder = SparseEncoder(str(directory), head="naive", **LENGTHS).eval()
     batch = encoder.doc_tokenizer(TEXTS)
     assert encoder.head.weight is not encoder.backbone.get_input_embeddings().weight
     torch.testing.assert_close(encoder(batch), naive_reps(directory, batch), atol=1e-5, rtol=1e-5)
@@ -64,7 +68,7 @@ def test_untied_bert_leaves_no_parameter_without_gradient(tmp_path):
 
 def test_decoder_without_bias_keeps_none(tmp_path):
     directory = save_family("modernbert", tmp_path, decoder_bias=False)
-    encoder = SparseEncoder(str(directory), head="tiled", max_query_length=16, max_doc_length=32).eval()
+    encoder = SparseEncoder(str(directory), head="tiled", **LENGTHS).eval()
     batch = encoder.doc_tokenizer(TEXTS)
     assert encoder.head.bias is None
     torch.testing.assert_close(encoder(batch), naive_reps(directory, batch), atol=1e-5, rtol=1e-5)
@@ -86,7 +90,7 @@ def test_several_batches_go_through_the_head_once():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_side_does_not_change_the_vectors(side, tmp_path):
-    encoder = SparseEncoder(str(save_family("roberta", tmp_path)), max_query_length=16, max_doc_length=32).eval()
+    encoder = SparseEncoder(str(save_family("roberta", tmp_path)), **LENGTHS).eval()
     encoder.tokenizer.padding_side = side
     batch = encoder.doc_tokenizer(TEXTS)
     alone = torch.cat([encoder(encoder.doc_tokenizer([text])) for text in TEXTS])
@@ -111,7 +115,7 @@ def test_calibration_makes_a_share_of_the_vocabulary_active():
 
 
 def test_calibration_counts_the_decoders_bias(saved):
-    encoder = SparseEncoder(str(saved), head="naive", max_query_length=16, max_doc_length=32).eval()
+    encoder = SparseEncoder(str(saved), head="naive", **LENGTHS).eval()
     batch = encoder.doc_tokenizer(TEXTS)
     logits = encoder.pooled_rows(batch) @ encoder.head.weight.T + encoder.head.bias
     encoder.calibrate(TEXTS)
@@ -123,7 +127,7 @@ def test_calibration_counts_the_decoders_bias(saved):
 def test_skip_pools_the_last_hidden_state(tmp_path):
     directory = save_family("bert", tmp_path)
     encoder = SparseEncoder(
-        str(directory), head="naive", mlm_transform="skip", max_query_length=16, max_doc_length=32
+        str(directory), head="naive", mlm_transform="skip", **LENGTHS
     ).eval()
     batch = encoder.doc_tokenizer(TEXTS)
     hidden = encoder.backbone(batch.input_ids, batch.attention_mask).last_hidden_state
@@ -134,7 +138,7 @@ def test_skip_pools_the_last_hidden_state(tmp_path):
 
 
 def test_rebuilt_from_a_checkpoint_without_the_original(saved):
-    encoder = SparseEncoder(str(saved), head="naive", max_query_length=16, max_doc_length=32).eval()
+    encoder = SparseEncoder(str(saved), head="naive", **LENGTHS).eval()
     encoder.calibrate(TEXTS)
     buffer = io.BytesIO()
     torch.save({"hparams": encoder.hparams(), "state_dict": encoder.state_dict()}, buffer)
@@ -229,7 +233,8 @@ def test_bad_directories_are_one_line(tmp_path):
     (directory / "model.safetensors").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="expected weights"):
         SparseEncoder(str(directory))
-    assert SparseEncoder(str(directory), pretrained=False, max_doc_length=32, max_query_length=8).vocab_size == VOCAB_SIZE
+    random = SparseEncoder(str(directory), pretrained=False, max_doc_length=32, max_query_length=8)
+    assert random.vocab_size == VOCAB_SIZE
     (tmp_path / "elsewhere").rename(directory / "model.safetensors")
     (directory / "tokenizer.json").unlink()
     (directory / "tokenizer_config.json").unlink()
@@ -247,3 +252,17 @@ def test_checkpoint_of_another_vocabulary_is_one_line():
     with pytest.raises(ValueError, match="expected a vocabulary and hidden size") as caught:
         small().load_state_dict(other.state_dict())
     assert "\n" not in str(caught.value)
+
+
+def test_albert_cannot_recompute_and_says_so(tmp_path):
+    with pytest.raises(ValueError, match="gradient_checkpointing: expected false"):
+        SparseEncoder(str(save_family("albert", tmp_path)), gradient_checkpointing=True)
+
+
+def test_keeping_a_transform_that_the_checkpoint_lacks_is_logged(tmp_path, caplog):
+    directory = save_family("bert", tmp_path)
+    SparseEncoder(str(directory), mlm_transform="skip", **LENGTHS).backbone.save_pretrained(directory)
+    assert SparseEncoder(str(directory), **LENGTHS).mlm_transform == "skip"
+    assert not caplog.records
+    assert SparseEncoder(str(directory), mlm_transform="keep", **LENGTHS).mlm_transform == "keep"
+    assert "random" in caplog.text

@@ -14,6 +14,8 @@ from transformers import AutoModelForMaskedLM
 from lightning_modules.encoder import SparseEncoder
 from retrieval.export import export_model, load_encoder
 
+# DeBERTa in transformers 5.17 scripts a function at import.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 LENGTHS = {"max_query_length": 16, "max_doc_length": 32}
 
 

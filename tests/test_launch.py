@@ -210,6 +210,8 @@ def test_wandb_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert choose_mode() == "offline"
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "0" * 40)
     assert choose_mode() == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert choose_mode() == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert choose_mode() == "disabled"
 

@@ -104,6 +104,9 @@ def triton_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the forward kernel; arguments and results as those of :func:`sparton.tiled.tiled_forward`."""
     hidden, weight = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous()
+    if dtype == torch.bfloat16 and hidden.device.type == "cpu":
+        # The interpreter multiplies the bits of bfloat16 as if they were integers; in float32 the values are the same.
+        hidden, weight = hidden.float(), weight.float()
     bias = None if bias is None else bias.contiguous()
     batch, (vocab, dim) = len(cu_seqlens) - 1, weight.shape
     out = torch.empty(batch, vocab, dtype=out_dtype, device=hidden.device)

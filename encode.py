@@ -32,9 +32,10 @@ def task(cfg: DictConfig) -> None:
         texts,
         cfg.side,
         batch_size=cfg.batch.size,
+        batch_tokens=cfg.batch.tokens,
         device=device,
         top_k=cfg.top_k,
-        progress=f"encode {len(texts):,} texts",
+        progress=True,
         autocast_dtype=autocast_dtype,
     )
     folder = Path(cfg.paths.output_dir)

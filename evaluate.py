@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lightning_modules.launch import main
 from retrieval.encode import resolve_compute
-from retrieval.evaluate import evaluate_bm25, evaluate_collection, open_collection
+from retrieval.evaluate import evaluate_bm25, evaluate_collection, open_collection, split_qrels
 from retrieval.export import load_encoder
 from retrieval.report_table import results_table
 
@@ -21,6 +21,7 @@ def task(cfg: DictConfig) -> None:
         raise ValueError("model_path: expected a checkpoint, a folder or a hub id, got nothing; add model_path=<one>")
     device, autocast_dtype = resolve_compute(cfg.device, cfg.precision)
     collection, output_dir = open_collection(OmegaConf.select(cfg, "data.path")), Path(cfg.paths.output_dir)
+    split_qrels(collection, cfg.split)  # a split that isn't there shows before a large model is loaded
     encoder = load_encoder(cfg.model_path, head=cfg.head.name)
     rows = {"BM25": evaluate_bm25(collection, cfg.split)[0]}
     rows["model"], _ = evaluate_collection(
@@ -28,6 +29,7 @@ def task(cfg: DictConfig) -> None:
         collection,
         cfg.split,
         batch_size=cfg.batch.size,
+        batch_tokens=cfg.batch.tokens,
         device=device,
         output_dir=output_dir,
         autocast_dtype=autocast_dtype,

@@ -60,10 +60,11 @@ def train(cfg: DictConfig) -> None:
     if cfg.calibrate.documents and not cfg.ckpt_path:
         encoder.to(device).calibrate(datamodule.train_documents(cfg.calibrate.documents), cfg.calibrate.quantile)
 
-    collection, rows = datamodule.collection if cfg.test.enabled else None, {}
-    settings = {"split": cfg.test.split, "batch_size": cfg.test.batch_size, "device": device}
+    split = cfg.test.split or datamodule.test_split
+    collection, rows = datamodule.collection if cfg.test.enabled and split else None, {}
+    settings = {"split": split, "batch_size": cfg.test.batch_size, "device": device}
     if collection:
-        rows["BM25"], _ = evaluate_bm25(collection, cfg.test.split)
+        rows["BM25"], _ = evaluate_bm25(collection, split)
         if cfg.test.untrained:
             rows["untrained"], _ = evaluate_collection(encoder, collection, **settings)
     trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path)

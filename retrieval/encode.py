@@ -53,8 +53,8 @@ def encode_texts(
     side: str,
     *,
     batch_size: int = 64,
-    device: torch.device | str | None = None,
     batch_tokens: int | None = None,
+    device: torch.device | str | None = None,
     top_k: int | None = None,
     progress: bool | Callable[[int, int], None] = False,
     autocast_dtype: torch.dtype | None = None,
@@ -79,7 +79,7 @@ def encode_texts(
         (n, V) float32 in the order of ``texts``.
 
     Raises:
-        ValueError: for an unknown side, no text, a batch size or ``top_k`` below 1, or vectors that aren't finite.
+        ValueError: for an unknown side, no text, a number below 1, or vectors that aren't finite.
     """
     _check(texts, side, {"batch_size": batch_size, "batch_tokens": batch_tokens, "top_k": top_k})
     device = torch.device(device) if device is not None else next(encoder.parameters()).device
@@ -116,7 +116,7 @@ def _check(texts: Sequence[str], side: str, numbers: dict[str, int | None]) -> N
 
 def _longest_first(
     texts: Sequence[str], tokenize: TextTokenizer, batch_size: int, batch_tokens: int | None
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray, list[int] | None]:
     """The order in which texts are encoded, and their numbers of tokens where a budget needs them.
 
     Where no batch can exceed the budget, characters stand for tokens: nearly the same order, without tokenising
@@ -124,8 +124,8 @@ def _longest_first(
     """
     if batch_tokens is None or batch_size * tokenize.max_length <= batch_tokens:
         return np.argsort([-len(text) for text in texts], kind="stable"), None
-    lengths = np.array(tokenize.lengths(texts))
-    return np.argsort(-lengths, kind="stable"), lengths
+    lengths = tokenize.lengths(texts)
+    return np.argsort([-length for length in lengths], kind="stable"), lengths
 
 
 def _in_order(pieces: list[sp.csr_matrix], order: np.ndarray) -> sp.csr_matrix:

@@ -9,7 +9,7 @@ from torch import nn
 
 from datamodules.beir import Collection, Qrels, load_collection
 from retrieval.bm25 import bm25_search
-from retrieval.encode import encode_texts
+from retrieval.encode import SIDES, encode_texts
 from retrieval.measure import measure, sparsity, write_trec_run
 from retrieval.search import ranked_run, search
 
@@ -54,6 +54,7 @@ def evaluate_collection(
     split: str,
     *,
     batch_size: int = 64,
+    batch_tokens: int | None = None,
     device: torch.device | str | None = None,
     output_dir: str | Path | None = None,
     progress: bool = True,
@@ -65,7 +66,7 @@ def evaluate_collection(
         encoder: a SparseEncoder.
         collection: documents, queries, judgements.
         split: which queries.
-        batch_size, device, autocast_dtype: see :func:`retrieval.encode.encode_texts`.
+        batch_size, batch_tokens, device, autocast_dtype: see :func:`retrieval.encode.encode_texts`.
         output_dir: where ``run.trec`` is written; None writes nothing.
         progress: show a bar per side.
 
@@ -85,11 +86,12 @@ def evaluate_collection(
             texts[side],
             side,
             batch_size=batch_size,
+            batch_tokens=batch_tokens,
             device=device,
-            progress=f"encode {len(texts[side]):,} {name}" if progress else None,
+            progress=progress,
             autocast_dtype=autocast_dtype,
         )
-        for side, name in (("query", "queries"), ("doc", "documents"))
+        for side in SIDES
     }
     run = ranked_run(*search(vectors["query"], vectors["doc"], DEPTH), list(qrels), collection.doc_ids)
     if output_dir is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 import ir_measures
 import numpy as np
@@ -72,6 +74,8 @@ def _active_share(matrix: sp.csr_matrix) -> np.ndarray:
 def write_trec_run(path: str | Path, run: Run, tag: str) -> None:
     """Writes ``query-id Q0 document-id rank score tag``, one result per line, best first.
 
+    White space divides the columns: in an id it is written percent-encoded, ``a b`` as ``a%20b``.
+
     Args:
         path: the file; its folder is made.
         run: query id -> document id -> score.
@@ -84,4 +88,8 @@ def write_trec_run(path: str | Path, run: Run, tag: str) -> None:
         for query_id, results in run.items():
             ranked = sorted(results.items(), key=lambda item: -item[1])
             for rank, (doc_id, score) in enumerate(ranked, start=1):
-                file.write(f"{query_id} Q0 {doc_id} {rank} {score:.9g} {name}\n")
+                file.write(f"{_one_word(query_id)} Q0 {_one_word(doc_id)} {rank} {score:.9g} {name}\n")
+
+
+def _one_word(name: str) -> str:
+    return re.sub(r"\s", lambda space: quote(space[0]), name)

@@ -90,7 +90,9 @@ def lsr_head(
         hidden, cu_seqlens = pack(hidden, attention_mask)
     elif max_seqlen is None:
         max_seqlen = len(hidden)
-    return lsr_forward(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype, impl)[0]
+    leaves = (hidden, weight) if bias is None else (hidden, weight, bias)
+    trains = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    return lsr_forward(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype, impl, trains)[0]
 
 
 def _resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:

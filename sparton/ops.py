@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ def lsr_forward(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     impl: str,
+    need_positions: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the head on packed rows.
 
@@ -27,6 +30,7 @@ def lsr_forward(
         max_seqlen: upper bound of the lengths; decides the dtype of the positions.
         dtype: of the product's operands; out_dtype: of the output.
         impl: "triton" or "tiled".
+        need_positions: False where no gradient will be asked for: the tiles then look for the maximum alone.
 
     Returns:
         ``out`` (B, V) in ``out_dtype``; ``factor`` (B, V) float32, the derivative of the output by the maximal logit,
@@ -36,14 +40,14 @@ def lsr_forward(
     if impl == "triton":
         from sparton.kernels.forward import triton_forward as forward
     else:
-        forward = tiled_forward
+        forward = functools.partial(tiled_forward, need_positions=need_positions)
     # The dtypes are settled; autocast must not settle them again inside.
     with torch.autocast(hidden.device.type, enabled=False):
         return forward(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype)
 
 
 @lsr_forward.register_fake
-def _(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype, impl):
+def _(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype, impl, need_positions=True):
     shape = (cu_seqlens.shape[0] - 1, weight.shape[0])
     return (
         hidden.new_empty(shape, dtype=out_dtype),
@@ -97,7 +101,7 @@ def _(grad, factor, positions, hidden, weight, bias, cu_seqlens, need_hidden, ne
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, cu_seqlens, *_, impl = inputs
+    hidden, weight, bias, cu_seqlens, *_, impl, _ = inputs
     _, factor, positions = output
     ctx.save_for_backward(factor, positions, hidden, weight, bias, cu_seqlens)
     ctx.set_materialize_grads(False)
@@ -106,11 +110,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, _grad_factor, _grad_positions):
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     need = [bool(wanted) for wanted in ctx.needs_input_grad[:3]]
     factor, positions, hidden, weight, bias, cu_seqlens = ctx.saved_tensors
     grads = lsr_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, *need, ctx.impl)
-    return (*(value if wanted else None for value, wanted in zip(grads, need, strict=True)), *(None,) * 6)
+    return (*(value if wanted else None for value, wanted in zip(grads, need, strict=True)), *(None,) * 7)
 
 
 lsr_forward.register_autograd(_backward, setup_context=_setup_context)

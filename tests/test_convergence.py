@@ -28,7 +28,8 @@ def _train(head: str, size: dict[str, int], device: torch.device) -> tuple[torch
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     }
     encoder = SparseEncoder("small", pretrained=False, config=config, tokenizer=make_tokenizer(), head=head).to(device)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, eps=1e-5)
+    # Not Adam: it scales a gradient of rounding noise up to a full step, and so the two heads' noise apart.
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.03, momentum=0.9)
     ranking, sparsity = InfoNCE(), FLOPS(weight=1e-3)
     generator, losses = torch.Generator().manual_seed(0), []
     for _ in range(STEPS):
@@ -36,6 +37,7 @@ def _train(head: str, size: dict[str, int], device: torch.device) -> tuple[torch
         loss = ranking(query, doc, teacher_scores=None, false_negatives=None) + 1e-3 * (sparsity(query) + sparsity(doc))
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.detach())
     return torch.stack(losses).cpu(), {name: p.detach().cpu() for name, p in encoder.named_parameters()}

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparton
+from sparton.ops import lsr_forward
 from sparton.testing import EPSILON, assert_no_worse, compute, make_inputs, relative_error, truth
+from sparton.tiled import _dense_gradients
 
 NAMES = ("output", "hidden", "weight", "bias")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,6 +101,19 @@ def test_padded_equals_packed(impl, pattern, device):
     padded = sparton.lsr_head(hidden, weight, bias, mask, impl=impl)
     torch.testing.assert_close(padded, sparton.lsr_head(packed, weight, bias, cu_seqlens=cu, impl=impl))
     torch.testing.assert_close(padded, sparton.lsr_head(hidden, weight, bias, mask.bool(), impl=impl))
+
+
+def test_dense_gradients_are_the_sparse_ones(device):
+    """What the tiled head does on a GPU, on any device."""
+    inputs = make_inputs([5, 0, 3], 8, 21, device=device)
+    hidden, weight, bias = (t.float() for t in (inputs.hidden, inputs.weight, inputs.bias))
+    cu, grad = inputs.cu_seqlens, inputs.grad.float()
+    _, factor, positions = lsr_forward(hidden, weight, bias, cu, 5, "log1p", torch.float32, torch.float32, "tiled")
+    rows = cu[:-1, None].long() + positions.long()
+    for got, want in zip(
+        _dense_gradients(grad * factor, rows, hidden, weight, cu[-1], (True, True)), truth(inputs)[1:3], strict=True
+    ):
+        torch.testing.assert_close(got, want.float())
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

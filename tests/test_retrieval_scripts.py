@@ -103,7 +103,8 @@ def test_search(model, data, tmp_path, capsys):
         (encode, [], "model_path: expected"),
         (encode, ["model_path=x", "side=passage"], "side: expected one of query, doc, got 'passage'"),
         (evaluate, ["model_path=x", "data=synthetic"], "data.path: expected one folder"),
-        (search, ["index=x", "model_path=y"], "query: expected a value"),
+        (search, ["index=x"], "model_path: expected a value"),
+        (search, ["index=x", "model_path=y"], "query: expected either"),
     ],
 )
 def test_bad_input(script, overrides, message, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -94,6 +95,21 @@ class SafeCheckpoint(ModelCheckpoint):
             super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the best score along when a run goes on in another folder, with a copy of its checkpoint."""
+        before, here = Path(state_dict["best_model_path"]), Path(self.dirpath) / "best.ckpt"
+        state = state_dict | {"dirpath": self.dirpath, "last_model_path": self.last_path}
+        if before != here and before.is_file():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(before, here)
+        if state_dict["best_model_score"] is not None and here.is_file():
+            score, path = state_dict["best_model_score"], str(here)
+            state |= {"best_model_path": path, "kth_best_model_path": path, "best_k_models": {path: score}}
+        else:  # it was deleted: what comes next is best
+            state |= {"best_model_score": None, "best_model_path": "", "kth_best_model_path": "", "best_k_models": {}}
+            state |= {"kth_value": self.kth_value}
+        super().load_state_dict(state)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -81,6 +81,8 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Drops the rows from ``step`` on: a run resumed there will write them again."""
+        if not self.path.exists():
+            return
         if self._columns is None:
             self._columns = self._open()
         kept = [row for row in self._rows() if not row["step"].isdigit() or int(row["step"]) < step]

@@ -29,7 +29,8 @@ class ResumeState(Callback):
     Lightning restores weights, optimizer and its own counters. This adds the random states of python, numpy, torch and
     every CUDA device, one set for each process, and the position of the loader: the first batch after resuming is
     the one after the last that was trained. Everything is stored as tensors and plain numbers under the key
-    ``resume_state``, so that ``torch.load(..., weights_only=True)`` reads it.
+    ``resume_state``, so that ``torch.load(..., weights_only=True)`` reads it. Loggers that can (MetricsCSV) drop what
+    they have from later steps than the checkpoint's: those are trained again.
 
     Gradients that have been accumulated but not yet applied are not part of a checkpoint. A resume is exact for
     checkpoints taken after an optimizer step, which ModelCheckpoint's ``every_n_train_steps`` guarantees; choose
@@ -63,7 +64,7 @@ class ResumeState(Callback):
         self._to_restore = checkpoint.get(KEY)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restores what ``on_load_checkpoint`` has kept.
+        """Restores what ``on_load_checkpoint`` has kept and rewinds the loggers.
 
         Raises:
             ValueError: if the checkpoint was written with another number of loaders.
@@ -71,6 +72,9 @@ class ResumeState(Callback):
         state, self._to_restore = self._to_restore, None
         if state is None:
             return
+        for logger in trainer.loggers:
+            if hasattr(logger, "rewind"):
+                logger.rewind(trainer.global_step)
         loaders = _loaders(trainer)
         if len(loaders) != len(state["loaders"]):
             raise ValueError(

@@ -103,11 +103,11 @@ def test_an_error_in_training_saves_nothing_and_restores_the_signal(tmp_path: Pa
 @pytest.mark.parametrize("there", [True, False])
 def test_the_best_score_goes_along_to_another_folder(tmp_path: Path, there: bool) -> None:
     first = SafeCheckpoint(str(tmp_path / "first"))
-    trainer(tmp_path, first, max_steps=4).fit(Scored())
+    trainer(tmp_path, first, max_steps=4, limit_train_batches=2).fit(Scored())
     if not there:
         Path(first.best_model_path).unlink()
     second = SafeCheckpoint(str(tmp_path / "second"))
-    trainer(tmp_path, second, max_steps=6).fit(Scored(), ckpt_path=first.last_path)
+    trainer(tmp_path, second, max_steps=6, limit_train_batches=2).fit(Scored(), ckpt_path=first.last_path)
     assert second.best_model_path == str(tmp_path / "second" / "best.ckpt")
     assert load(second.best_model_path)["global_step"] == (4 if there else 6)
     assert float(second.best_model_score) == pytest.approx(0.5 if there else 0.3)

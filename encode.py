@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_modules.encoder import resolve_head
 from lightning_modules.launch import main
 from retrieval.encode import SIDES, encode_texts, resolve_compute
 from retrieval.evaluate import open_collection
@@ -22,7 +23,7 @@ def task(cfg: DictConfig) -> None:
         raise ValueError(f"side: expected one of {', '.join(SIDES)}, got {cfg.side!r}; correct side")
     device, autocast_dtype = resolve_compute(cfg.device, cfg.precision)
     collection = open_collection(OmegaConf.select(cfg, "data.path"))
-    encoder = load_encoder(cfg.model_path, head=cfg.head.name)
+    encoder = load_encoder(cfg.model_path, head=resolve_head(cfg.head.name, device))
     if cfg.side == "doc":
         ids, texts = collection.doc_ids, collection.documents()
     else:

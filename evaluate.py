@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_modules.encoder import resolve_head
 from lightning_modules.launch import main
 from retrieval.encode import resolve_compute
 from retrieval.evaluate import evaluate_bm25, evaluate_collection, open_collection, split_qrels
@@ -22,7 +23,7 @@ def task(cfg: DictConfig) -> None:
     device, autocast_dtype = resolve_compute(cfg.device, cfg.precision)
     collection, output_dir = open_collection(OmegaConf.select(cfg, "data.path")), Path(cfg.paths.output_dir)
     split_qrels(collection, cfg.split)  # a split that isn't there shows before a large model is loaded
-    encoder = load_encoder(cfg.model_path, head=cfg.head.name)
+    encoder = load_encoder(cfg.model_path, head=resolve_head(cfg.head.name, device))
     rows = {"BM25": evaluate_bm25(collection, cfg.split)[0]}
     rows["model"], _ = evaluate_collection(
         encoder,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_modules.encoder import resolve_head
 from lightning_modules.launch import main
 from retrieval.encode import encode_texts, resolve_compute
 from retrieval.export import load_encoder
@@ -77,7 +78,7 @@ def task(cfg: DictConfig) -> None:
     texts = read_queries(cfg.query, cfg.queries)
     device, autocast_dtype = resolve_compute(cfg.device, cfg.precision)
     index = load_index(cfg.index)
-    encoder = load_encoder(cfg.model_path, head=cfg.head.name)
+    encoder = load_encoder(cfg.model_path, head=resolve_head(cfg.head.name, device))
     if vocabulary_of(encoder) != index.vocabulary:
         raise ValueError(
             f"model_path: expected the model that made the index in {cfg.index}, got one with another vocabulary;"

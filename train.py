@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_modules.encoder import resolve_head
 from lightning_modules.launch import environment, main, resolve_precision, write_summary
 from lightning_modules.retriever import SparseRetriever
 from retrieval.evaluate import evaluate_bm25, evaluate_collection
@@ -19,7 +20,13 @@ from retrieval.report_table import results_table
 
 def build(cfg: DictConfig) -> tuple[SparseRetriever, L.LightningDataModule, L.Trainer]:
     """Instantiates everything that the configuration names, with plain arguments."""
-    encoder = instantiate(cfg.model, head=cfg.head.name)
+    loggers = list(instantiate(cfg.logger).values())
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
+    callbacks = list(instantiate(cfg.callbacks).values())
+    trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=loggers)
+    encoder = instantiate(cfg.model, head=resolve_head(cfg.head.name, trainer.strategy.root_device))
     tokenizers = {"tokenize_query": encoder.query_tokenizer, "tokenize_doc": encoder.doc_tokenizer}
     datamodule = instantiate(cfg.data, **tokenizers)
     module = SparseRetriever(
@@ -30,12 +37,6 @@ def build(cfg: DictConfig) -> tuple[SparseRetriever, L.LightningDataModule, L.Tr
         **OmegaConf.to_container(cfg.optimizer, resolve=True),
         **OmegaConf.to_container(cfg.scheduler, resolve=True),
     )
-    loggers = list(instantiate(cfg.logger).values())
-    for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
-    callbacks = list(instantiate(cfg.callbacks).values())
-    trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=loggers)
     return module, datamodule, trainer
 
 

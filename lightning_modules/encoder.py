@@ -24,19 +24,23 @@ TRANSFORMS = ("auto", "keep", "skip")
 CALIBRATION_BATCH = 32  # texts
 
 
-def resolve_head(head: str) -> str:
-    """The head's name: ``auto`` becomes sparton where there is a GPU and tiled elsewhere.
+def resolve_head(head: str, device: torch.device | None = None) -> str:
+    """The head's name: ``auto`` becomes sparton on a GPU and tiled elsewhere.
+
+    Args:
+        head: auto or one of HEADS.
+        device: where the model will run; None: on the GPU if there is one.
 
     Raises:
         ValueError: for an unknown name, or sparton without a GPU (unless ``TRITON_INTERPRET=1``).
     """
     if head != "auto" and head not in HEADS:
         raise ValueError(f"head: expected one of auto, {', '.join(HEADS)}, got {head!r}")
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     if head == "auto":
         return "sparton" if gpu else "tiled"
     if head == "sparton" and not gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("head=sparton: expected a CUDA device, got none; use head=auto, which takes tiled on the CPU")
+        raise ValueError("head=sparton: expected a CUDA device, got the CPU; use head=auto, which takes tiled there")
     return head
 
 

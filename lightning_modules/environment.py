@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 
@@ -16,7 +17,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-t
 
 
 def environment() -> dict[str, str | None]:
-    """Returns versions, the device's name, the commit (None outside of a git checkout) and the date in UTC."""
+    """Returns versions, the device's name, the commit (None where nothing tells it) and the date in UTC."""
     versions = {f"{name}_version": _version(name) for name in PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -66,10 +67,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with ``-dirty`` where files differ from it."""
+    """The commit of the checkout, with ``-dirty`` where files differ from it; of a copy, what SPARTON_COMMIT says."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("SPARTON_COMMIT")
     return done.stdout.strip() or None

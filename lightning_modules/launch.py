@@ -107,10 +107,11 @@ def _quieten() -> None:
 
 
 def _job_name(settings: DictConfig) -> str:
-    """Which job of a sweep; empty for a single run, which has no number."""
+    """Which job of a sweep, with what it does not share with the others; empty for a single run, which has no number."""
     if settings.mode != RunMode.MULTIRUN:
         return ""
-    return f"job {settings.job.num} ({settings.job.override_dirname}) failed: "
+    own = ",".join(override for override in settings.overrides.task if override not in sys.argv)
+    return f"job {settings.job.num} ({own}) failed: "
 
 
 def _leave(lines: list[str], status: int) -> NoReturn:

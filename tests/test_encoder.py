@@ -191,6 +191,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_heads_are_resolved(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_head("auto") == "sparton"
+    assert resolve_head("auto", torch.device("cpu")) == "tiled"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_head("auto") == "tiled"
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -7,15 +7,19 @@ import json
 import sys
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
+LOCAL = ("model.name_or_path=", "ckpt_path=", "data.path=", "hydra.", "paths.")
+
 
 def collect(folders: list[Path]) -> list[dict[str, object]]:
     """Reads every ``summary.json`` below ``folders``; the run's overrides come from ``.hydra/overrides.yaml``."""
     rows = []
     for path in sorted(p for folder in folders for p in folder.rglob("summary.json")):
         overrides = path.parent / ".hydra" / "overrides.yaml"
-        said = overrides.read_text().replace("- ", "").split("\n") if overrides.exists() else []
-        # A local folder of weights says nothing to a reader, and names a path of the machine.
-        shown = [line for line in said if line and not line.startswith(("model.name_or_path", "hydra.", "paths."))]
+        said = OmegaConf.load(overrides) if overrides.exists() else []
+        # A local path says nothing to a reader.
+        shown = [line for line in said if not line.startswith(LOCAL)]
         summary = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("best_checkpoint", "error")}
         rows.append({"overrides": " ".join(shown)} | summary)
     return rows

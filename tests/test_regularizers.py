@@ -204,13 +204,10 @@ def test_penalties_are_over_the_global_batch(tmp_path):
 
 
 @pytest.mark.parametrize("query", ["flops", "l1", "df_flops", "anti_zero", "flops_anti_zero", "none"])
-def test_every_regularizer_config_composes_on_either_side(query, tmp_path):
-    (tmp_path / "root.yaml").write_text(
-        "defaults:\n  - regularizer@regularizer.query: flops\n  - regularizer@regularizer.doc: flops\n  - _self_\n"
-        f"hydra:\n  searchpath: ['file://{CONF}']\n"
-    )
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        config = compose("root", [f"regularizer@regularizer.query={query}"])
+def test_every_regularizer_config_composes_on_either_side(query):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", [f"regularizer@regularizer.query={query}", "flops_weight=0.5"])
+    assert config.regularizer.doc.flops.weight == 0.5
     built = instantiate(config.regularizer)
     assert set(built.doc) == {"flops"}
     expected = {"flops_anti_zero": {"flops", "anti_zero"}, "none": set()}.get(query, {query})

@@ -29,8 +29,6 @@ SMALL = [
     "model.config.embedding_range=0.25", "model.max_query_length=16", "model.max_doc_length=32", "trainer=cpu",
     "batch.size=4", "calibrate.documents=8", "test.batch_size=16", "data.val_pool=12", "trainer.log_every_n_steps=1",
 ]  # fmt: skip
-# Lightning and its like warn about what is meant here: a short run on one CPU core without workers.
-pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
 
 
 @pytest.fixture(scope="module")

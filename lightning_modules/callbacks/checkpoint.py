@@ -99,16 +99,18 @@ class SafeCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the best score along when a run goes on in another folder, with a copy of its checkpoint."""
         before, here = Path(state_dict["best_model_path"]), Path(self.dirpath) / "best.ckpt"
-        state = state_dict | {"dirpath": self.dirpath, "last_model_path": self.last_path}
         if before != here and before.is_file():
             here.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(before, here)
-        if state_dict["best_model_score"] is not None and here.is_file():
-            score, path = state_dict["best_model_score"], str(here)
-            state |= {"best_model_path": path, "kth_best_model_path": path, "best_k_models": {path: score}}
-        else:  # it was deleted: what comes next is best
-            state |= {"best_model_score": None, "best_model_path": "", "kth_best_model_path": "", "best_k_models": {}}
-            state |= {"kth_value": self.kth_value}
+        score, path, models, kth = state_dict["best_model_score"], str(here), {}, state_dict["kth_value"]
+        if score is not None and here.is_file():
+            models = {path: score}
+        else:  # there is none, or it was deleted: what comes next is best
+            score, path, kth = None, "", self.kth_value
+        state = state_dict | {
+            "dirpath": self.dirpath, "last_model_path": self.last_path, "best_model_score": score, "kth_value": kth,
+            "best_model_path": path, "kth_best_model_path": path, "best_k_models": models,
+        }  # fmt: skip
         super().load_state_dict(state)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -20,7 +20,7 @@ from retrieval.report_table import results_table
 
 def build(cfg: DictConfig) -> tuple[SparseRetriever, L.LightningDataModule, L.Trainer]:
     """Instantiates everything that the configuration names, with plain arguments."""
-    loggers = list(instantiate(cfg.logger).values())
+    loggers = [logger for logger in instantiate(cfg.logger).values() if logger is not None]
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
@@ -76,6 +76,8 @@ def train(cfg: DictConfig) -> None:
 
     prefix = {"BM25": "bm25/test/", "untrained": "untrained/test/", "trained": "test/"}
     summary = {prefix[row] + name: value for row, figures in rows.items() for name, value in figures.items()}
+    figures = trainer.callback_metrics.items()  # as the last validation left them
+    summary |= {name: float(value) for name, value in figures if name.startswith("val_pool/")}
     for callback in trainer.callbacks:
         summary |= callback.summary() if hasattr(callback, "summary") else {}
     summary |= {"status": "finished", "head": encoder.head_name, "best_checkpoint": best} | environment()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class LoaderArguments(TypedDict, total=False):
     seed: Required[int]
     batch_size: Required[int | None]
     batch_tokens: int | None
-    num_workers: int
+    num_workers: int | None
     val_pool: int
     max_val_queries: int
     eval_batch_size: int
@@ -55,7 +56,8 @@ class RetrievalDataModule(LightningDataModule, ABC):
         seed: of the order of the examples and of the pool's random part, >= 0.
         batch_size: pairs in a training batch.
         batch_tokens: a budget of real tokens for a training batch; where it is given it replaces ``batch_size``.
-        num_workers: worker processes that make training batches.
+        num_workers: worker processes that make training batches; None: up to 4 where training is on a GPU, which would
+            wait for the tokenizer otherwise, and none on the CPU.
         val_pool: documents in the validation pool.
         max_val_queries: at most so many queries in it.
         eval_batch_size: texts in a validation batch.
@@ -69,7 +71,7 @@ class RetrievalDataModule(LightningDataModule, ABC):
         seed: int,
         batch_size: int | None,
         batch_tokens: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         val_pool: int = 1000,
         max_val_queries: int = 200,
         eval_batch_size: int = 64,
@@ -141,12 +143,19 @@ class RetrievalDataModule(LightningDataModule, ABC):
         self._train_loader = ResumableLoader(
             self._plan,
             self.make_assembler(self._training.sources),
-            num_workers=self.num_workers,
+            num_workers=self._num_workers(),
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             world_size=self._world_size,
             pin_memory=torch.cuda.is_available(),
         )
         return self._train_loader
+
+    def _num_workers(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        if self.trainer is None or self.trainer.strategy.root_device.type == "cpu":
+            return 0
+        return max(0, min(4, (os.cpu_count() or 1) // self._world_size - 1))
 
     @property
     def _world_size(self) -> int:

@@ -67,10 +67,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with ``-dirty`` where files differ from it; of a copy, what SPARTON_COMMIT says."""
+    """What SPARTON_COMMIT says; where it is not set, the checkout's commit, ``-dirty`` where files differ from it."""
+    if commit := os.environ.get("SPARTON_COMMIT"):
+        return commit
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("SPARTON_COMMIT")
+        return None
     return done.stdout.strip() or None

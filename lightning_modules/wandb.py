@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 # The server has two names; a key for one opens the other.
@@ -21,22 +20,22 @@ CONNECT_SECONDS = 20
 
 def make_wandb_logger(
     output_dir: str, *, project: str = "sparton", name: str | None = None, group: str | None = None
-) -> Logger:
+) -> WandbLogger | None:
     """Returns a WandbLogger whose files lie in ``output_dir/wandb``.
 
     Online where there is a key (``WANDB_API_KEY`` or netrc), offline where there is none or the server does not
-    answer within 20 seconds; ``WANDB_MODE`` decides where it is set. Without the package, or in a process that is not
-    the first, a logger that does nothing.
+    answer within 20 seconds; ``WANDB_MODE`` decides where it is set. None without the package, where wandb fails, and
+    in a process that is not the first.
 
     Args:
         output_dir: the run's folder; created where it is missing.
         project, name, group: as wandb shows them.
     """
     if rank_zero_only.rank != 0:
-        return DummyLogger()
+        return None
     if importlib.util.find_spec("wandb") is None:
         print("wandb is not installed: metrics.csv and summary.json have the figures (pip install wandb, or logger=csv)")
-        return DummyLogger()
+        return None
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     mode = choose_mode()
     settings = {"project": project, "name": name, "group": group, "dir": output_dir}
@@ -48,7 +47,7 @@ def make_wandb_logger(
         return _start("offline", settings)
     except Exception as problem:  # noqa: BLE001
         print(f"wandb: offline failed too ({' '.join(str(problem).split())[:200]}); going on without", file=sys.stderr)
-    return DummyLogger()
+    return None
 
 
 def choose_mode() -> str:

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,19 @@ def test_wrong_arguments(folder, changes, part):
         module.train_dataloader()
         module.val_dataloader()
     assert part in one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "workers"),
+    [("cpu", 16, 1, 0), ("cuda", 16, 1, 4), ("cuda", 3, 1, 2), ("cuda", 16, 8, 1), ("cuda", 4, 8, 0)],
+)
+def test_workers_beside_a_gpu_unless_told_otherwise(folder, monkeypatch, device, cores, processes, workers):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    for asked, expected in ((None, workers), (0, 0), (3, 3)):
+        module = BeirDataModule(folder, title_pairs=0.5, num_workers=asked, **loader_arguments(batch_size=2))
+        module.trainer = SimpleNamespace(strategy=strategy, world_size=processes, global_rank=0)
+        assert module.train_dataloader().num_workers == expected
 
 
 def test_titles_are_asked_for_but_absent(folder):

@@ -90,7 +90,7 @@ def test_several_batches_go_through_the_head_once():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_side_does_not_change_the_vectors(side, tmp_path):
-    encoder = SparseEncoder(str(save_family("roberta", tmp_path)), **LENGTHS).eval()
+    encoder = SparseEncoder(str(save_family("roberta", tmp_path)), head="tiled", **LENGTHS).eval()
     encoder.tokenizer.padding_side = side
     batch = encoder.doc_tokenizer(TEXTS)
     alone = torch.cat([encoder(encoder.doc_tokenizer([text])) for text in TEXTS])

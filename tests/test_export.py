@@ -94,10 +94,8 @@ def test_documents_are_cut_at_the_same_length(tmp_path):
 
 @pytest.mark.parametrize("mlm_transform", ["keep", "skip"])
 def test_a_lightning_checkpoint_loads(mlm_transform, tmp_path):
-    config = {"model_type": "bert"} | FAMILIES["bert"]
-    encoder = SparseEncoder(
-        "small", pretrained=False, config=config, tokenizer=make_tokenizer(), mlm_transform=mlm_transform, **LENGTHS
-    )
+    settings = {"config": {"model_type": "bert"} | FAMILIES["bert"], "mlm_transform": mlm_transform, "head": "tiled"}
+    encoder = SparseEncoder("small", pretrained=False, tokenizer=make_tokenizer(), **settings, **LENGTHS)
     encoder.calibrate(TEXTS)
     path = tmp_path / "last.ckpt"
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}

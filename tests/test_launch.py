@@ -58,7 +58,8 @@ def run(folder: Path, *arguments: str, script: str = SCRIPT, **environ: str) -> 
     """Runs a script that calls launch.main in a process of its own, with ``folder`` as its working directory."""
     (folder / "task.py").write_text(script)
     env = {k: v for k, v in os.environ.items() if k != "SPARTON_TRACEBACK"}
-    env |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environ
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), env.get("PYTHONPATH")]))
+    env |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environ
     command = [sys.executable, "task.py", *arguments]
     return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, timeout=120, check=False)
 

@@ -1,43 +1,105 @@
-"""Tile sizes of the Triton kernels: one fixed configuration per dtype and shape class."""
+"""Tile sizes of the Triton kernels and how the forward's work is laid out: one line per dtype and shape class."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 
 @dataclass(frozen=True)
-class ForwardTile:
-    """A tile of the forward product: BLOCK_V words by BLOCK_S tokens, in steps of BLOCK_D."""
+class ForwardPlan:
+    """How the forward product is cut.
+
+    Attributes:
+        block_v, block_s, block_d: a tile, words by rows by columns of a step.
+        num_warps, num_stages: warps and depth of the pipeline.
+        group: rows of a slot come in multiples of this.
+        short: every text has one slot of ``group`` rows; a tile's texts are written at once.
+        rows: upper bound of the slots' rows, from shapes.
+        chunk: texts that a program goes through for one tile of words.
+    """
 
     block_v: int
     block_s: int
     block_d: int
     num_warps: int
     num_stages: int
+    group: int
+    short: bool
+    rows: int
+    chunk: int
 
 
-def _power_of_two(n: int) -> int:
+# Rows that all programs go through before the words start over: what the L2 serves beside the weight.
+CHUNK_ROWS = 4096
+# Rows of a slot at least: two of the eight rows that a tensor core takes at a time.
+SMALLEST_GROUP = 16
+# Largest tile (words, rows, columns of a step) with its warps and stages, by what multiplies. Fused multiply-adds have
+# fewer registers to spare; without bulk copies, addresses take them.
+TILES = {
+    "tensor cores, bulk copies": (128, 256, 64, 8, 3),
+    "tensor cores": (128, 128, 64, 8, 3),
+    "tf32": (128, 128, 32, 8, 3),
+    "fused multiply-add": (64, 64, 32, 8, 2),
+}
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
-def forward_tile(dtype: torch.dtype, dim: int, max_seqlen: int) -> ForwardTile:
-    """Chooses the forward tile: short sequences take a narrow one, so that little of it is padding.
+def forward_plan(
+    kind: str, batch: int, tokens: int, max_seqlen: int, vocab: int, dim: int, programs: int
+) -> ForwardPlan:
+    """Plans the forward product from what the host knows.
 
     Args:
-        dtype: of the operands. True float32 products have no tensor cores and fewer registers to spare.
-        dim: D.
-        max_seqlen: upper bound of the sequence lengths.
+        kind: key of TILES.
+        batch: B >= 1; tokens: N, an upper bound; max_seqlen: upper bound of the lengths; vocab: V; dim: D.
+        programs: that run at a time.
     """
-    block_s = min(max(_power_of_two(max_seqlen), 16), 128)
-    block_d = min(max(_power_of_two(dim), 16), 64)
-    if dtype == torch.float32:
-        return ForwardTile(64, min(block_s, 64), min(block_d, 32), num_warps=4, num_stages=2)
-    return ForwardTile(128, block_s, block_d, num_warps=8 if block_s >= 64 else 4, num_stages=3)
+    block_v, widest, block_d, num_warps, num_stages = TILES[kind]
+    single = max(power_of_two(max_seqlen), SMALLEST_GROUP)
+    # One slot for each text pays where little of it is repeated rows; up to 32 rows it always does.
+    short = single <= widest and (single <= 32 or batch * single <= 1.25 * tokens)
+    if short:
+        group = single
+    else:
+        # Full texts fill whole tiles; guessed from shapes, and a wrong guess costs time only.
+        full = tokens == batch * max_seqlen and max_seqlen % widest == 0
+        group = widest if full else SMALLEST_GROUP
+    rows = min(tokens + batch * group, batch * math.ceil(max(max_seqlen, 1) / group) * group)
+    block_s = min(widest, power_of_two(rows))
+    return ForwardPlan(
+        block_v=block_v,
+        block_s=block_s,
+        block_d=min(max(power_of_two(dim), 16), block_d),
+        num_warps=num_warps if block_s >= 64 else 4,
+        num_stages=num_stages,
+        group=group,
+        short=short,
+        rows=rows,
+        chunk=_chunk(batch, rows, math.ceil(vocab / block_v), block_s // group if short else 1, programs),
+    )
+
+
+def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int:
+    """Texts in a chunk: of CHUNK_ROWS rows, or fewer where the last wave of programs would otherwise stay half empty."""
+    best, least = step, math.inf
+    size = step * max(1, CHUNK_ROWS * batch // (rows * step))
+    while size >= step:
+        items = math.ceil(batch / size) * tiles_v
+        idle = math.ceil(items / programs) * programs / items
+        if idle < least - 0.01:
+            best, least = size, idle
+        size = size // 2 // step * step
+    return best
 
 
 def backward_block(dim: int) -> tuple[int, int]:
     """BLOCK_D of the gradient kernels (columns of a row that a program sums in registers) and its warps."""
-    block_d = min(max(_power_of_two(dim), 16), 1024)
+    block_d = min(max(power_of_two(dim), 16), 1024)
     return block_d, 1 if block_d <= 256 else 4

@@ -1,0 +1,91 @@
+"""The forward kernel's schedule: slots, chunks, tiles and programs in any combination, on small tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+triton = pytest.importorskip("triton")
+
+from sparton.kernels import forward  # noqa: E402
+from sparton.kernels.configs import TILES, ForwardPlan, forward_plan  # noqa: E402
+from sparton.kernels.slots import make_slots  # noqa: E402
+from sparton.tiled import tiled_forward  # noqa: E402
+
+
+def rows_and_offsets(lengths: list[int], dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed rows of small integers, so that every product is exact and ties are many."""
+    generator = torch.Generator().manual_seed(sum(lengths) + dim)
+    hidden = torch.randint(-2, 3, (sum(lengths) + 3, dim), generator=generator).float()
+    hidden[sum(lengths) :] = float("nan")
+    return hidden, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def small_plan(monkeypatch, **changes) -> None:
+    """Makes the launcher use tiles of 16 words and 16 or 32 rows."""
+
+    def plan(kind: str, batch: int, tokens: int, max_seqlen: int, vocab: int, dim: int, programs: int) -> ForwardPlan:
+        made = forward_plan("small", batch, tokens, max_seqlen, vocab, dim, programs)
+        return dataclasses.replace(made, **{k: min(v, batch) for k, v in changes.items()}) if not made.short else made
+
+    monkeypatch.setitem(TILES, "small", (16, 32, 16, 4, 2))
+    monkeypatch.setattr(forward, "forward_plan", plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("lengths", "chunk"),
+    [
+        ([5, 16, 1, 32, 40], 1), ([5, 16, 1, 32, 40], 2), ([33, 64, 0, 100, 7, 31], 4), ([64, 64, 64], 3), ([64, 64, 64], 1),
+        ([7], 1), ([0], 1), ([0, 0, 70, 0], 4), ([32, 20, 9, 31], 4), ([16] * 9, 4), ([3, 0, 12, 16, 1], 2),
+    ],
+)  # fmt: skip
+def test_any_schedule_gives_the_same(lengths, chunk, dtype, device, monkeypatch):
+    small_plan(monkeypatch, chunk=chunk)
+    hidden, cu_seqlens = (t.to(device) for t in rows_and_offsets(lengths, 24))
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randint(-2, 3, (37, 24), generator=generator).float().to(device)
+    bias = torch.randint(-6, 7, (37,), generator=generator).float().to(device)
+    arguments = (weight.to(dtype), bias.to(dtype), cu_seqlens, max(max(lengths), 1), "log1p", dtype, torch.float32)
+    out, factor, positions = forward.triton_forward(hidden.to(dtype), *arguments)
+    expected, expected_factor, expected_positions = tiled_forward(hidden.to(dtype), *arguments)
+    # 16-bit operands: the logit's low bits hold the place.
+    torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
+    torch.testing.assert_close(factor.float(), expected_factor.float(), atol=6e-4, rtol=0)
+    active = expected > 0
+    assert active.any() or max(lengths) == 0
+    assert torch.equal(positions[active].long(), expected_positions[active].long())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 600), min_size=1, max_size=40),
+    kind=st.sampled_from(sorted(TILES)),
+    vocab=st.sampled_from([1, 1000, 250_002]),
+    programs=st.sampled_from([1, 8, 132]),
+)
+def test_a_plan_covers_every_row(lengths, kind, vocab, programs):
+    longest = max(*lengths, 1)
+    plan = forward_plan(kind, len(lengths), sum(lengths), longest, vocab, 768, programs)
+    slots = [max(-(-length // plan.group), 1) * plan.group for length in lengths]
+    assert sum(slots) <= plan.rows
+    assert plan.block_s % plan.group == 0 and plan.chunk >= 1
+    if plan.short:
+        assert set(slots) == {plan.group} and plan.chunk % (plan.block_s // plan.group) == 0
+
+
+def test_slots_repeat_the_last_row(device):
+    lengths = [5, 0, 16, 17]
+    hidden, cu_seqlens = (t.to(device) for t in rows_and_offsets(lengths, 40))
+    plan = dataclasses.replace(forward_plan("fused multiply-add", 4, 41, 80, 8, 40, 1), group=16, rows=80, short=False)
+    rows, starts = make_slots(hidden, cu_seqlens, torch.float32, plan)
+    assert starts.tolist() == [0, 16, 32, 48, 80]
+    for first, begin, length in zip(starts.tolist(), cu_seqlens.tolist(), lengths, strict=False):
+        slot = 32 if length == 17 else 16
+        source = begin + torch.arange(slot).clamp_max(length - 1)
+        expected = hidden[source.to(device)] if length else torch.zeros(slot, 40, device=device)
+        torch.testing.assert_close(rows[first : first + slot], expected)

@@ -42,6 +42,17 @@ def test_padding_does_not_leak(impl, poison, device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter computes with numpy
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("overflow", [float("nan"), float("inf")])
+def test_an_overflow_of_a_real_row_reaches_the_output(impl, dtype, overflow, device):
+    hidden = torch.ones(2, 20, 4, dtype=dtype, device=device)
+    hidden[1, 7, 2] = overflow  # whoever scales a fp16 loss must see it
+    out = sparton.lsr_head(hidden, torch.ones(3, 4, dtype=dtype, device=device), None, impl=impl)
+    assert torch.isfinite(out[0]).all() and not torch.isfinite(out[1]).any()
+
+
 @pytest.mark.parametrize("impl", OWN)
 def test_rows_past_the_last_sequence_are_not_read(impl, device):
     inputs = make_inputs([3, 0, 4], 8, 11, device=device)

@@ -36,56 +36,55 @@ def _load_tile(source, first, d, ROWS, D, BLOCK: tl.constexpr, BLOCK_D: tl.const
 def _group_maxima(logits, keep, EXACT: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
     """Maximum of each group of rows and its place in the tile, (BLOCK_V, GROUPS) each; not EXACT, both in one word.
 
-    The low bits of the logit then give way to the place, counted from the end so that the lowest place wins among
-    equals: one logic and one max instruction an element. It costs 2^-15 of the logit. Among negative logits the order
-    of places is reversed, but those are inactive.
+    Logits are compared as integers, which orders positive ones, keeps an infinity or a NaN on top, and misorders
+    negative ones; those are inactive in any order. Not EXACT, the low bits of a logit give way to the place, counted
+    from the end so that the lowest place wins among equals: one logic and one max instruction an element. It costs
+    2^-15 of the logit.
     """
     BLOCK_V: tl.constexpr = logits.shape[0]
+    bits = logits.to(tl.int32, bitcast=True)
     if EXACT:
-        grouped = tl.reshape(logits, (BLOCK_V, GROUPS, GROUP))
-        value, place = tl.max(grouped, axis=2, return_indices=True, return_indices_tie_break_left=True)
-        return value, place + (tl.arange(0, GROUPS) * GROUP)[None, :]
+        grouped = tl.reshape(bits, (BLOCK_V, GROUPS, GROUP))
+        top, place = tl.max(grouped, axis=2, return_indices=True, return_indices_tie_break_left=True)
+        return top, place + (tl.arange(0, GROUPS) * GROUP)[None, :]
     else:
         # Four lanes share a row of the accumulator, two columns of eight each. What differs between lanes, bits 1 and 2,
         # comes in when each lane has its maximum: until then the places are constants.
         code = (GROUPS * GROUP - 1 - tl.arange(0, GROUPS * GROUP)) & ~6
-        word = ((logits.to(tl.int32, bitcast=True) & keep) | code[None, :]).to(tl.float32, bitcast=True)
-        word = tl.reshape(word, (BLOCK_V, GROUPS, GROUP // 8, 4, 2))
-        word = tl.max(tl.max(word, axis=4), axis=2).to(tl.int32, bitcast=True)
-        word = (word | (6 - 2 * tl.arange(0, 4))[None, None, :]).to(tl.float32, bitcast=True)
+        word = tl.reshape((bits & keep) | code[None, :], (BLOCK_V, GROUPS, GROUP // 8, 4, 2))
+        word = tl.max(tl.max(word, axis=4), axis=2) | (6 - 2 * tl.arange(0, 4))[None, None, :]
         word = tl.max(word, axis=2)
         return word, word
 
 
 @triton.jit
-def _split(value, place, keep, EXACT: tl.constexpr, BLOCK_S: tl.constexpr):
-    """The logit and its place in the tile."""
-    if EXACT:
-        return value, place
-    else:
-        bits = value.to(tl.int32, bitcast=True)
-        return (bits & keep).to(tl.float32, bitcast=True), BLOCK_S - 1 - (bits & ~keep)
-
-
-@triton.jit
-def _maximum_between(value, place, first, last, EXACT: tl.constexpr, GROUPS: tl.constexpr):
-    """Maximum of the groups first .. last - 1: (BLOCK_V,) values and places, as those of the groups."""
+def _maximum_between(top, place, first, last, EXACT: tl.constexpr, GROUPS: tl.constexpr):
+    """Maximum of the groups first .. last - 1: (BLOCK_V,), as those of the groups."""
     offs_g = tl.arange(0, GROUPS)
     inside = (offs_g >= first) & (offs_g < last)
-    value = tl.where(inside[None, :], value, float("-inf"))
+    top = tl.where(inside[None, :], top, -1)
     if EXACT:
-        top, group = tl.max(value, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        top, group = tl.max(top, axis=1, return_indices=True, return_indices_tie_break_left=True)
         return top, tl.sum(tl.where(offs_g[None, :] == group[:, None], place, 0), axis=1)
     else:
-        word = tl.max(value, axis=1)
+        word = tl.max(top, axis=1)
         return word, word
 
 
 @triton.jit
-def _write(best, position, length, offs, mask, out_ptr, factor_ptr, positions_ptr, DOUBLE_LOG: tl.constexpr):
-    """Activation, derivative and position of the maximal logits of texts with ``length`` rows."""
-    active = (best > 0.0) & (length > 0)
-    z = tl.where(active, best, 0.0)
+def _split(top, place, keep, EXACT: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The logit's bits and its place in the tile."""
+    if EXACT:
+        return top, place
+    else:
+        return top & keep, BLOCK_S - 1 - (top & ~keep)
+
+
+@triton.jit
+def _write(top, position, length, offs, mask, out_ptr, factor_ptr, positions_ptr, DOUBLE_LOG: tl.constexpr):
+    """Activation, derivative and position of the maximal logits, given as bits, of texts with ``length`` rows."""
+    active = (top > 0) & (length > 0)
+    z = tl.where(active, top, 0).to(tl.float32, bitcast=True)
     out = _log1p(z)
     factor = 1.0 / (1.0 + z)
     if DOUBLE_LOG:
@@ -105,7 +104,7 @@ def _chunk_rows(starts_ptr, chunk_index, chunk, B):
     return first, tl.load(starts_ptr + tl.minimum(chunk_index * chunk + chunk, B))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "R", "num_chunks", "chunk"])  # what differs from batch to batch
 def lsr_forward_kernel(
     rows,
     weight,
@@ -153,7 +152,7 @@ def lsr_forward_kernel(
     row, stop = _chunk_rows(starts_ptr, c, chunk, B)
     text = c * chunk
     text_start = row
-    best = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    best = tl.full((BLOCK_V,), -1, tl.int32)  # bits of the running maximum; negative: inactive
     position = tl.zeros((BLOCK_V,), tl.int32)
     offs_g = tl.arange(0, GROUPS)
     logits = tl.zeros((BLOCK_V, BLOCK_S), tl.float32)
@@ -182,7 +181,7 @@ def lsr_forward_kernel(
             if HAS_BIAS:
                 # Before the maximum, for the sign: negative logits are inactive whatever their place.
                 logits += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[:, None]
-            value, place = _group_maxima(logits, keep, EXACT, GROUPS, GROUP)
+            top, place = _group_maxima(logits, keep, EXACT, GROUPS, GROUP)
             if SHORT:
                 offs_b = row // GROUP + offs_g
                 mask_b = offs_b < B
@@ -190,19 +189,19 @@ def lsr_forward_kernel(
                 length = (length - tl.load(cu_seqlens_ptr + offs_b, mask=mask_b, other=0)).to(tl.int32)
                 offs = offs_b.to(tl.int64)[None, :] * V + offs_v[:, None]
                 mask = mask_v[:, None] & mask_b[None, :]
-                value, place = _split(value, place, keep, EXACT, BLOCK_S)
+                top, place = _split(top, place, keep, EXACT, BLOCK_S)
                 place -= (offs_g * GROUP)[None, :]
-                _write(value, place, length[None, :], offs, mask, out_ptr, factor_ptr, positions_ptr, DOUBLE_LOG)
+                _write(top, place, length[None, :], offs, mask, out_ptr, factor_ptr, positions_ptr, DOUBLE_LOG)
             else:
                 while text_start < tl.minimum(row + BLOCK_S, stop):
                     slot = tl.load(starts_ptr + text)
                     text_stop = tl.load(starts_ptr + text + 1)
                     first = (text_start - row) // GROUP
                     last = (text_stop - row) // GROUP
-                    top, at = _maximum_between(value, place, first, last, EXACT, GROUPS)
-                    top, at = _split(top, at, keep, EXACT, BLOCK_S)
-                    better = top > best  # strictly: a tie stays with the lower position
-                    best = tl.where(better, top, best)
+                    part, at = _maximum_between(top, place, first, last, EXACT, GROUPS)
+                    part, at = _split(part, at, keep, EXACT, BLOCK_S)
+                    better = part > best  # strictly: a tie stays with the lower position
+                    best = tl.where(better, part, best)
                     position = tl.where(better, row - slot + at, position)
                     if text_stop <= row + BLOCK_S:
                         length = tl.load(cu_seqlens_ptr + text + 1) - tl.load(cu_seqlens_ptr + text)
@@ -211,7 +210,7 @@ def lsr_forward_kernel(
                             best, position, length.to(tl.int32), offs, mask_v,
                             out_ptr, factor_ptr, positions_ptr, DOUBLE_LOG,
                         )  # fmt: skip
-                        best = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+                        best = tl.full((BLOCK_V,), -1, tl.int32)
                         text += 1
                     # Past the tile's end this ends the loop; a text that goes on starts again with the next tile.
                     text_start = tl.minimum(text_stop, row + BLOCK_S)

@@ -28,7 +28,7 @@ class Slots(NamedTuple):
     starts: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "R", "GROUP"])  # what differs from batch to batch
 def slots_kernel(
     hidden_ptr,
     cu_seqlens_ptr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import math
 import re
@@ -26,6 +27,8 @@ HEADS = {
     "sparton": sparton.SpartonHead,
     "sparton_padded": sparton.SpartonHead,
 }
+# All in bfloat16 with bfloat16 parameters. Under autocast the naive heads' ReLU and log1p run in float32, which costs
+# their users more than what is measured here.
 # Users of these have a padded batch and its mask; the others take packed rows, as the encoder of this project does.
 PADDED = ("naive", "naive_max_first", "compiled", "sparton_padded")
 TIMES = [f"{part}_ms{suffix}" for part in ("forward", "backward", "step") for suffix in ("_p20", "", "_p80")]
@@ -91,6 +94,16 @@ def describe(problem: Problem, expected: list[Tensor] | None) -> dict[str, objec
     return row | {"active_share": active.double().mean().item(), "won_by_first_tokens_share": won.item()}
 
 
+@contextlib.contextmanager
+def bracketed(meter: Meter, row: dict[str, object]) -> Iterator[None]:
+    """Measures the ceilings right before and right after what is timed inside, and the card's state meanwhile."""
+    row["ceiling_before_tflops_per_s"], row["copy_before_tb_per_s"] = meter.ceilings()
+    with meter.telemetry() as medians:
+        yield
+    row["ceiling_after_tflops_per_s"], row["copy_after_tb_per_s"] = meter.ceilings()
+    row.update(medians)
+
+
 def measure(problem: Problem, impl: str, expected: list[Tensor] | None, meter: Meter, row: dict[str, object]) -> None:
     """Fills ``row`` with what one implementation takes; what it got to before it failed stays."""
     forward, leaves = forward_of(impl, problem)
@@ -106,11 +119,13 @@ def measure(problem: Problem, impl: str, expected: list[Tensor] | None, meter: M
     def timed(part: str, *region: Callable) -> None:
         row.update(zip(TIMES[3 * ("forward", "backward", "step").index(part) :], meter.times(*region), strict=False))
 
-    timed("forward", lambda _: forward())
+    step()  # compiles, outside of what is timed and of what keeps the card warm
+    with bracketed(meter, row):
+        timed("forward", lambda _: forward())
+        if trains:
+            timed("backward", backward, forward)
+            timed("step", step)
     row["forward_latency_ms"] = meter.latency(forward)
-    if trains:
-        timed("backward", backward, forward)
-        timed("step", step)
     row["peak_memory_mib"] = meter.peak_memory(step)
     if expected is not None:
         got = step()
@@ -125,34 +140,30 @@ def measure_matmul(problem: Problem, meter: Meter, row: dict[str, object]) -> No
     missing = -len(weight) % 64
     aligned = torch.cat([weight, weight[:missing]])
     logits = torch.empty(problem.tokens, len(aligned), dtype=weight.dtype, device=weight.device)
-    with torch.no_grad():
+    with torch.no_grad(), bracketed(meter, row):
         row.update(zip(TIMES, meter.times(lambda _: torch.matmul(problem.packed, aligned.T, out=logits)), strict=False))
 
 
 def measure_row(
     problem: Problem, impl: str, expected: list[Tensor] | None, meter: Meter, shared: dict[str, object]
 ) -> dict[str, object]:
-    """One line of the CSV: the ceilings, the implementation, the ceilings again."""
+    """One line of the CSV, also for what fails."""
     row = shared | {"impl": impl, "status": "ok"}
     meter.tidy()
-    row["ceiling_before_tflops_per_s"], row["copy_before_tb_per_s"] = meter.ceilings()
-    with meter.telemetry() as medians:
-        try:
-            if impl == "matmul":
-                measure_matmul(problem, meter, row)
-            else:
-                measure(problem, impl, expected, meter, row)
-        except torch.OutOfMemoryError:
-            row["status"] = OUT_OF_MEMORY
-        except Exception as error:  # one broken implementation must not cost the others their rows
-            row["status"] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    meter.tidy()
-    row["ceiling_after_tflops_per_s"], row["copy_after_tb_per_s"] = meter.ceilings()
-    if milliseconds := row.get("forward_ms"):
-        rate = problem.forward_flops / milliseconds / 1e9
+    try:
+        if impl == "matmul":
+            measure_matmul(problem, meter, row)
+        else:
+            measure(problem, impl, expected, meter, row)
+    except torch.OutOfMemoryError:
+        row["status"] = OUT_OF_MEMORY
+    except Exception as error:  # one broken implementation must not cost the others their rows
+        row["status"] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if "ceiling_after_tflops_per_s" in row:
+        rate = problem.forward_flops / row["forward_ms"] / 1e9
         ceiling = (row["ceiling_before_tflops_per_s"] + row["ceiling_after_tflops_per_s"]) / 2
         row |= {"forward_tflops_per_s": rate, "forward_share_of_ceiling": rate / ceiling}
-    return row | medians
+    return row
 
 
 def measure_cases(
@@ -169,6 +180,7 @@ def measure_cases(
         for impl in impls:
             yield measure_row(problem, impl, expected, meter, shared)
         del problem, expected
+        meter.tidy()
 
 
 def chosen(arguments: argparse.Namespace, on_gpu: bool) -> list[tuple[Case, list[str]]]:
@@ -238,8 +250,8 @@ def main(argv: list[str] | None = None) -> int:
 def _print(row: dict[str, object]) -> None:
     parts = " / ".join(f"{row.get(f'{part}_ms', math.nan):.3f}" for part in ("forward", "backward", "step"))
     share, memory = row.get("forward_share_of_ceiling", math.nan), row.get("peak_memory_mib", math.nan)
-    print(f"{row['case']:36} {row['impl']:15} {parts} ms, {share:.3f} of the ceiling, {memory:,.0f} MiB, {row['status']}",
-          flush=True)  # fmt: skip
+    name = f"{row['case']:36} {row['impl']:15}"
+    print(f"{name} {parts} ms, {share:.3f} of the ceiling, {memory:,.0f} MiB, {row['status']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def require_green_tests() -> None:
         raise RuntimeError(f"{HEAD_TESTS}: expected the head's tests, found none; run from a checkout")
     command = [sys.executable, "-m", "pytest", "-q", "-x", *files]
     if code := subprocess.run(command, cwd=REPOSITORY).returncode:
-        raise RuntimeError(f"the head's tests are red (pytest exit status {code}): nothing is measured; mend them first")
+        raise RuntimeError(
+            f"the head's tests are red (pytest exit status {code}): mend them first, nothing was measured"
+        )
     STAMP.parent.mkdir(exist_ok=True)
     STAMP.write_text(state)
 

@@ -1,4 +1,4 @@
-"""Figures of bench_head.py's CSVs: time and memory against B, S, V, and a roofline.  python -m benchmarks.plot --help"""
+"""Figures of bench_head.py's CSVs: time and memory against B, S, V; a roofline.  python -m benchmarks.plot --help"""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def sweep_figure(rows: list[Row]) -> Figure:
     panels[1, 0].set_ylabel("peak memory beyond inputs, MiB")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    figure.suptitle(f"{told(rows, 'device')}, {told(rows, 'dtype')}; a cross on the upper edge: out of memory", fontsize=9)
+    where = f"{told(rows, 'device')}, {told(rows, 'dtype')}"
+    figure.suptitle(f"{where}; a cross on the upper edge: out of memory", fontsize=9)
     return figure
 
 
@@ -107,7 +108,8 @@ def roofline_figure(rows: list[Row]) -> Figure:
             i, 1.01 + 0.25 * (place % 2), name, fontsize=6, rotation=90, ha="center", va="bottom",
             transform=panel.get_xaxis_transform(),
         )  # fmt: skip
-    panel.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="forward, TFLOP/s on real tokens")
+    panel.set(xscale="log", yscale="log")
+    panel.set(xlabel="FLOP per byte that must move", ylabel="forward, TFLOP/s on real tokens")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter("")

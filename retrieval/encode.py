@@ -12,18 +12,20 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from datamodules.collate import TextTokenizer
+from sparton.sparse import compress
 
 SIDES = {"query": "queries", "doc": "documents"}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def to_csr(rep: Tensor) -> sp.csr_matrix:
+def to_csr(rep: Tensor, top_k: int | None = None) -> sp.csr_matrix:
     """The non-zero entries of a batch of representations.
 
     They are picked on the tensor's device, so that only they travel to the host.
 
     Args:
-        rep: (B, V) of any floating dtype.
+        rep: (B, V) of any floating dtype, non-negative.
+        top_k: keep so many of a text's largest entries; None keeps all.
 
     Returns:
         (B, V) float32, column indices ascending within a row.
@@ -31,20 +33,9 @@ def to_csr(rep: Tensor) -> sp.csr_matrix:
     Raises:
         ValueError: if ``rep`` isn't a matrix.
     """
-    if rep.ndim != 2:
-        raise ValueError(f"rep: expected a matrix (B, V), got shape {tuple(rep.shape)}; add the batch dimension")
-    rep = rep.detach()
-    rows, columns = rep.nonzero(as_tuple=True)
-    values = rep[rows, columns].float().cpu().numpy()
-    indptr = np.zeros(len(rep) + 1, dtype=np.int64)
-    indptr[1:] = torch.bincount(rows, minlength=len(rep)).cumsum(0).cpu().numpy()
-    return sp.csr_matrix((values, columns.int().cpu().numpy(), indptr), shape=tuple(rep.shape))
-
-
-def keep_largest(rep: Tensor, top_k: int) -> Tensor:
-    """``rep`` (B, V) with all but the ``top_k`` largest entries of each row set to zero."""
-    values, indices = rep.topk(min(top_k, rep.shape[1]), dim=1)
-    return torch.zeros_like(rep).scatter_(1, indices, values)
+    crow, indices, values = compress(rep, top_k=top_k)
+    arrays = (values.float().cpu().numpy(), indices.cpu().numpy(), crow.cpu().numpy())
+    return sp.csr_matrix(arrays, shape=tuple(rep.shape))
 
 
 def encode_texts(
@@ -93,7 +84,7 @@ def encode_texts(
             rows = batch_size if lengths is None else min(batch_size, max(1, batch_tokens // lengths[order[done]]))
             batch = tokenize([texts[index] for index in order[done : done + rows]])
             rep = encoder(batch.to(device, non_blocking=True))
-            pieces.append(to_csr(rep if top_k is None else keep_largest(rep, top_k)))
+            pieces.append(to_csr(rep, top_k))
             if not np.isfinite(pieces[-1].data).all():
                 raise ValueError(
                     f"encoder: expected finite {side} vectors, got NaN or infinity; the weights have diverged or the"

@@ -162,13 +162,13 @@ def _multiply(logits, step, ring, D, HALF: gl.constexpr):
 
 @gluon.jit
 def _store_short(
-    coded, first_b, last_b, offs_v, V, cu_seqlens_ptr, outputs, GROUP: gl.constexpr, DOUBLE_LOG: gl.constexpr
+    coded, first_b, last_b, first_v, V, cu_seqlens_ptr, outputs, GROUP: gl.constexpr, DOUBLE_LOG: gl.constexpr
 ):
     """Writes the outputs of a tile whose groups are whole texts; `coded` is (words, texts)."""
     # The four lanes that share a word all hold its maxima. Here every thread gets its own, neighbours in v.
     OUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, 2], [0, 1])
     value, column = _decode(gl.convert_layout(coded, OUT))
-    offs_v = gl.convert_layout(offs_v, gl.SliceLayout(1, OUT))[:, None]
+    offs_v = first_v + gl.arange(0, coded.shape[0], layout=gl.SliceLayout(1, OUT))[:, None]
     offs_b = first_b + gl.arange(0, coded.shape[1], layout=gl.SliceLayout(0, OUT))
     mask_b = offs_b < last_b  # the others belong to the next chunk or lie past the end
     length = gl.load(cu_seqlens_ptr + offs_b + 1, mask=mask_b, other=0)
@@ -205,7 +205,8 @@ def _consume(
     step = 0
     for item in range(gl.program_id(0), num_v * gl.cdiv(B, chunk), gl.num_programs(0)):
         b, last_b, first_row, last_row = _chunk(item, num_v, B, chunk, starts_ptr, GROUP, SHORT)
-        offs_v = (item % num_v) * (2 * HALF_V) + HALF * HALF_V + gl.arange(0, HALF_V, layout=WORDS)
+        first_v = (item % num_v) * (2 * HALF_V) + HALF * HALF_V
+        offs_v = first_v + gl.arange(0, HALF_V, layout=WORDS)
         mask_v = offs_v < V
         bias = gl.zeros([HALF_V], gl.float32, layout=WORDS)
         if HAS_BIAS:
@@ -224,7 +225,7 @@ def _consume(
             logits, step = _multiply(bias[:, None].broadcast_to([HALF_V, BLOCK_S]), step, ring, D, HALF)
             maxima = _group_max(logits, logit_bits, GROUP)
             if SHORT:
-                _store_short(_lane_max(maxima), b, last_b, offs_v, V, cu_seqlens_ptr, outputs, GROUP, DOUBLE_LOG)
+                _store_short(_lane_max(maxima), b, last_b, first_v, V, cu_seqlens_ptr, outputs, GROUP, DOUBLE_LOG)
                 b += BLOCK_S // GROUP
             else:
                 GROUPS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, maxima.type.layout))
@@ -318,7 +319,8 @@ def hopper_forward_supports(weight: Tensor, dtype: torch.dtype) -> bool:
         weight.is_cuda
         and torch.cuda.get_device_capability(weight.device) == (9, 0)
         and dtype in (torch.bfloat16, torch.float16)
-        and weight.shape[1] % 8 == 0  # TMA: strides of whole 16 bytes
+        and weight.shape[1] % 8 == 0  # TMA wants strides of whole 16 bytes, and the base at one
+        and weight.data_ptr() % 16 == 0
     )
 
 

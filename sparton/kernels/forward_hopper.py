@@ -140,24 +140,32 @@ def _produce(ring, sizes, starts_ptr, rows_desc, weight_desc, GROUP: gl.constexp
 
 
 @gluon.jit
-def _multiply(logits, step, ring, D, HALF: gl.constexpr):
-    """Adds the product of a tile to `logits`; returns it and the next step. One group of wgmma stays in flight."""
+def _issue(logits, step, ring, HALF: gl.constexpr, use_acc: gl.constexpr):
+    """Waits for the operands of a step and starts its product."""
     rows_smem, weight_smem, full, empty = ring
     NUM_STAGES: gl.constexpr = rows_smem.shape[0]
-    BLOCK_D: gl.constexpr = rows_smem.shape[2]
-    gl.assume(D > 0)  # no path around the loop, else every accumulator is set twice
-    for d in range(0, D, BLOCK_D):
-        stage = step & (NUM_STAGES - 1)
-        mbarrier.wait(full.index(stage), (step // NUM_STAGES) & 1)
-        weight = weight_smem.index(2 * stage + HALF)
-        logits = warpgroup_mma(weight, rows_smem.index(stage).permute([1, 0]), logits, is_async=True)
-        # Waits for the group before this one, whose stage is then free; the first of a tile has none before it.
-        logits = warpgroup_mma_wait(num_outstanding=1, deps=[logits])
-        mbarrier.arrive(empty.index((step - 1) & (NUM_STAGES - 1)), pred=d > 0)
+    stage = step & (NUM_STAGES - 1)
+    mbarrier.wait(full.index(stage), (step // NUM_STAGES) & 1)
+    weight = weight_smem.index(2 * stage + HALF)
+    logits = warpgroup_mma(weight, rows_smem.index(stage).permute([1, 0]), logits, use_acc=use_acc, is_async=True)
+    # Every group but this one is complete, and their stages are free.
+    return warpgroup_mma_wait(num_outstanding=1, deps=[logits])
+
+
+@gluon.jit
+def _multiply(logits, step, ring, D, HALF: gl.constexpr):
+    """The product of a tile, and the step after it. A group of wgmma is always in flight."""
+    empty = ring[3]
+    NUM_STAGES: gl.constexpr = ring[0].shape[0]
+    BLOCK_D: gl.constexpr = ring[0].shape[2]
+    logits = _issue(logits, step, ring, HALF, use_acc=False)  # so that nobody has to clear the accumulators
+    for d in range(BLOCK_D, D, BLOCK_D):
+        logits = _issue(logits, step + 1, ring, HALF, use_acc=True)
+        mbarrier.arrive(empty.index(step & (NUM_STAGES - 1)))
         step += 1
     logits = warpgroup_mma_wait(num_outstanding=0, deps=[logits])
-    mbarrier.arrive(empty.index((step - 1) & (NUM_STAGES - 1)))
-    return logits, step
+    mbarrier.arrive(empty.index(step & (NUM_STAGES - 1)))
+    return logits, step + 1
 
 
 @gluon.jit
@@ -208,7 +216,6 @@ def _consume(
         first_v = (item % num_v) * (2 * HALF_V) + HALF * HALF_V
         offs_v = first_v + gl.arange(0, HALF_V, layout=WORDS)
         mask_v = offs_v < V
-        bias = gl.zeros([HALF_V], gl.float32, layout=WORDS)
         if HAS_BIAS:
             bias = gl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(gl.float32)
         if not SHORT:
@@ -221,8 +228,11 @@ def _consume(
             if HALF == 1 and LEAD > 0:
                 # A stage of the first round: it can't be loaded anew before this consumer has used it.
                 mbarrier.wait(ring[2].index(gl.minimum(LEAD, gl.cdiv(D, BLOCK_D) - 1)), 0, pred=step == 0)
-            # The bias goes in first: then the sign of a coded maximum is that of the logit, and equal codes tie.
-            logits, step = _multiply(bias[:, None].broadcast_to([HALF_V, BLOCK_S]), step, ring, D, HALF)
+            logits = gl.zeros([HALF_V, BLOCK_S], gl.float32, layout=MMA)
+            logits, step = _multiply(logits, step, ring, D, HALF)
+            if HAS_BIAS:
+                # Before the maximum: then the sign of a coded maximum is that of the logit, and equal codes tie.
+                logits += bias[:, None]
             maxima = _group_max(logits, logit_bits, GROUP)
             if SHORT:
                 _store_short(_lane_max(maxima), b, last_b, first_v, V, cu_seqlens_ptr, outputs, GROUP, DOUBLE_LOG)
@@ -291,7 +301,7 @@ def lsr_forward_hopper_kernel(
     ring = (rows_smem, weight_smem, full, empty)
     sizes = (B, V, D, chunk)
     outputs = (out_ptr, factor_ptr, positions_ptr)
-    first: gl.constexpr = 0
+    first: gl.constexpr = 0  # a bare number in a tuple of arguments would become a tensor
     second: gl.constexpr = 1
     # fmt: off
     gl.warp_specialize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparton.kernels.configs import forward_plan
+from sparton.kernels.configs import ForwardPlan, forward_plan
 from sparton.kernels.slots import make_slots
 from sparton.tiled import position_dtype
 
@@ -247,34 +251,71 @@ def triton_forward(
         operand = torch.float32 if dtype == torch.bfloat16 and not on_cuda else dtype
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
         weight, cu_seqlens = weight.to(operand).contiguous(), cu_seqlens.contiguous()
+        bias = None if bias is None else bias.contiguous()
         bulk, precision = _bulk_copies_reach(weight), _precision(dtype)
         programs = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else 2
         plan = forward_plan(_kind(dtype, bulk, precision), batch, len(hidden), max_seqlen, vocab, dim, programs)
         rows, starts = make_slots(hidden, cu_seqlens, operand, plan)
-        sources = (rows, weight)
-        if bulk:
-            sources = (
-                TensorDescriptor.from_tensor(rows, [plan.block_s, plan.block_d]),
-                TensorDescriptor.from_tensor(weight, [plan.block_v, plan.block_d]),
+        tensors = (rows, starts, weight, bias, cu_seqlens, out, factor, positions)
+        hopper = _hopper_kernel()
+        if hopper and plan.block_s == hopper.BLOCK_S and hopper.hopper_forward_supports(weight, dtype):
+            hopper.hopper_forward(
+                *tensors, group=plan.group, short=plan.short, chunk=plan.chunk, activation=activation
             )
-        chunks = triton.cdiv(batch, plan.chunk)
-        lsr_forward_kernel[(min(programs, triton.cdiv(vocab, plan.block_v) * chunks),)](
-            *sources, None if bias is None else bias.contiguous(), cu_seqlens, starts, out, factor, positions,
-            batch, vocab, dim, len(rows), chunks, plan.chunk, -plan.block_s,
-            HAS_BIAS=bias is not None,
-            DOUBLE_LOG=activation == "log1p_log1p",
-            EXACT=dtype == torch.float32,
-            PRECISION=precision,
-            TMA=bulk,
-            SHORT=plan.short,
-            GROUP=plan.group,
-            BLOCK_V=plan.block_v,
-            BLOCK_S=plan.block_s,
-            BLOCK_D=plan.block_d,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
-        )  # fmt: skip
+        else:
+            _plain_forward(tensors, plan, programs, dtype == torch.float32, bulk, precision, activation)
     return out, factor, positions
+
+
+def _plain_forward(
+    tensors: tuple[Tensor | None, ...],
+    plan: ForwardPlan,
+    programs: int,
+    exact: bool,
+    bulk: bool,
+    precision: str,
+    activation: str,
+) -> None:
+    rows, starts, weight, bias, cu_seqlens, *results = tensors
+    batch, (vocab, dim) = len(cu_seqlens) - 1, weight.shape
+    chunks = triton.cdiv(batch, plan.chunk)
+    sources = (rows, weight)
+    if bulk:
+        sources = (
+            TensorDescriptor.from_tensor(rows, [plan.block_s, plan.block_d]),
+            TensorDescriptor.from_tensor(weight, [plan.block_v, plan.block_d]),
+        )
+    lsr_forward_kernel[(min(programs, triton.cdiv(vocab, plan.block_v) * chunks),)](
+        *sources, bias, cu_seqlens, starts, *results, batch, vocab, dim, len(rows), chunks, plan.chunk, -plan.block_s,
+        HAS_BIAS=bias is not None,
+        DOUBLE_LOG=activation == "log1p_log1p",
+        EXACT=exact,
+        PRECISION=precision,
+        TMA=bulk,
+        SHORT=plan.short,
+        GROUP=plan.group,
+        BLOCK_V=plan.block_v,
+        BLOCK_S=plan.block_s,
+        BLOCK_D=plan.block_d,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )  # fmt: skip
+
+
+@functools.cache
+def _hopper_module() -> ModuleType | None:
+    """The Gluon kernel, or None where this Triton has not the (experimental) API that it is written for."""
+    try:
+        from sparton.kernels import forward_hopper
+    except (ImportError, AttributeError):
+        return None
+    return forward_hopper
+
+
+def _hopper_kernel() -> ModuleType | None:
+    """The Gluon kernel unless SPARTON_HOPPER=0 (to compare) or the interpreter forbids it."""
+    compiled = os.environ.get("TRITON_INTERPRET") != "1" and os.environ.get("SPARTON_HOPPER") != "0"
+    return _hopper_module() if compiled else None
 
 
 def _bulk_copies_reach(weight: Tensor) -> bool:

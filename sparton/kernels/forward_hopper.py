@@ -29,9 +29,6 @@ LEAD = 1
 # What stays of a logit beside the code of its column. A kernel argument: as a constant it costs an instruction more.
 LOGIT_BITS = -BLOCK_S
 
-# The lowest finite float32 whose code bits are clear: with a code in it, -inf would be a NaN.
-LOWEST = gl.constexpr(-3.4027717462407993e38)
-
 
 @gluon.jit
 def _log1p(z):
@@ -41,11 +38,11 @@ def _log1p(z):
 
 
 @gluon.jit
-def _store_outputs(value, position, length, offs_out, mask, outputs, DOUBLE_LOG: gl.constexpr):
-    """Applies the activation to maxima of any shape and writes output, factor and position."""
+def _store_outputs(top, position, length, offs_out, mask, outputs, DOUBLE_LOG: gl.constexpr):
+    """Applies the activation to the bits of maxima of any shape and writes output, factor and position."""
     out_ptr, factor_ptr, positions_ptr = outputs
-    active = (value > 0.0) & (length > 0)
-    z = gl.where(active, value, 0.0)
+    active = (top > 0) & (length > 0)
+    z = gl.where(active, top, 0).to(gl.float32, bitcast=True)
     out = _log1p(z)
     factor = 1.0 / (1.0 + z)
     if DOUBLE_LOG:
@@ -61,10 +58,11 @@ def _store_outputs(value, position, length, offs_out, mask, outputs, DOUBLE_LOG:
 
 @gluon.jit
 def _group_max(logits, logit_bits, GROUP: gl.constexpr):
-    """Maximum of each group of columns within a thread: (M, 256) logits to (M, groups, 4 lanes) coded floats.
+    """Maximum of each group of columns within a thread: (M, 256) logits to (M, groups, 4 lanes) coded words.
 
-    The low 8 bits of a coded float are 255 - column, so that one float maximum finds the value and, among equal
-    positive ones, the lowest column. A thread of a wgmma accumulator holds the columns 8 j + 2 lane + {0, 1}: the bits
+    A coded word is the bits of a logit whose low 8 are 255 - column, compared as an integer: that orders positive logits
+    and, among equal ones, the lowest column first, keeps an infinity or a NaN on top, and misorders negative ones,
+    which are inactive in any order. A thread of a wgmma accumulator holds the columns 8 j + 2 lane + {0, 1}: the bits
     of the lane are left to `_lane_max`, then the code of a register is a constant, and an element costs one logic
     instruction and one maximum.
     """
@@ -72,7 +70,7 @@ def _group_max(logits, logit_bits, GROUP: gl.constexpr):
     N: gl.constexpr = logits.shape[1]
     offs_s = gl.arange(0, N, layout=gl.SliceLayout(0, logits.type.layout))
     codes = (offs_s ^ 255) & 0xF9
-    coded = ((logits.to(gl.int32, bitcast=True) & logit_bits) | codes[None, :]).to(gl.float32, bitcast=True)
+    coded = (logits.to(gl.int32, bitcast=True) & logit_bits) | codes[None, :]
     coded = gl.permute(gl.reshape(coded, [M, N // GROUP, GROUP // 8, 4, 2]), [0, 1, 2, 4, 3])
     return gl.max(gl.reshape(coded, [M, N // GROUP, GROUP // 4, 4]), axis=2)
 
@@ -81,15 +79,13 @@ def _group_max(logits, logit_bits, GROUP: gl.constexpr):
 def _lane_max(coded):
     """Completes the codes of (M, groups, 4 lanes) and takes the maximum over the lanes: (M, groups)."""
     lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(0, coded.type.layout)))
-    bits = coded.to(gl.int32, bitcast=True) | ((lane ^ 3) << 1)[None, :][None, :, :]
-    return gl.max(bits.to(gl.float32, bitcast=True), axis=2)
+    return gl.max(coded | ((lane ^ 3) << 1)[None, :][None, :, :], axis=2)
 
 
 @gluon.jit
 def _decode(coded):
-    """Splits coded floats into value and column."""
-    bits = coded.to(gl.int32, bitcast=True)
-    return (bits & -256).to(gl.float32, bitcast=True), 255 - (bits & 255)
+    """Splits coded words into the bits of the logit and the column."""
+    return coded & -256, 255 - (coded & 255)
 
 
 @gluon.jit
@@ -175,7 +171,7 @@ def _store_short(
     """Writes the outputs of a tile whose groups are whole texts; `coded` is (words, texts)."""
     # The four lanes that share a word all hold its maxima. Here every thread gets its own, neighbours in v.
     OUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, 2], [0, 1])
-    value, column = _decode(gl.convert_layout(coded, OUT))
+    top, column = _decode(gl.convert_layout(coded, OUT))
     offs_v = first_v + gl.arange(0, coded.shape[0], layout=gl.SliceLayout(1, OUT))[:, None]
     offs_b = first_b + gl.arange(0, coded.shape[1], layout=gl.SliceLayout(0, OUT))
     mask_b = offs_b < last_b  # the others belong to the next chunk or lie past the end
@@ -183,7 +179,7 @@ def _store_short(
     length = (length - gl.load(cu_seqlens_ptr + offs_b, mask=mask_b, other=0)).to(gl.int32)[None, :]
     offs_out = offs_b.to(gl.int64)[None, :] * V + offs_v
     mask = mask_b[None, :] & (offs_v < V)
-    _store_outputs(value, column & (GROUP - 1), length, offs_out, mask, outputs, DOUBLE_LOG)
+    _store_outputs(top, column & (GROUP - 1), length, offs_out, mask, outputs, DOUBLE_LOG)
 
 
 @gluon.jit
@@ -222,7 +218,7 @@ def _consume(
             start = first_row
             end = gl.load(starts_ptr + b + 1)
             length = (gl.load(cu_seqlens_ptr + b + 1) - gl.load(cu_seqlens_ptr + b)).to(gl.int32)
-            best = gl.full([HALF_V], LOWEST, gl.float32, layout=WORDS)
+            best = gl.full([HALF_V], -1, gl.int32, layout=WORDS)
             position = gl.zeros([HALF_V], gl.int32, layout=WORDS)
         for row in range(first_row, last_row, BLOCK_S):
             if HALF == 1 and LEAD > 0:
@@ -246,17 +242,17 @@ def _consume(
                     # Text b owns the rows from cursor to upto of this tile, and ends there or goes on in the next.
                     upto = gl.minimum(end, stop)
                     inside = (offs_s >= cursor) & (offs_s < upto)
-                    coded = gl.max(gl.where(inside[None, :][:, :, None], maxima, LOWEST), axis=1)
+                    coded = gl.max(gl.where(inside[None, :][:, :, None], maxima, -1), axis=1)
                     coded = gl.reshape(_lane_max(gl.expand_dims(coded, 1)), [HALF_V])
-                    value, column = _decode(gl.convert_layout(coded, WORDS, assert_trivial=True))
-                    better = value > best  # strictly: a tie stays with the lower position
+                    top, column = _decode(gl.convert_layout(coded, WORDS, assert_trivial=True))
+                    better = top > best  # strictly: a tie stays with the lower position
                     position = gl.where(better, row - start + column, position)
-                    best = gl.where(better, value, best)
+                    best = gl.where(better, top, best)
                     cursor = upto
                     if end <= stop:
                         offs_out = b.to(gl.int64) * V + offs_v
                         _store_outputs(best, position, length, offs_out, mask_v, outputs, DOUBLE_LOG)
-                        best = gl.full([HALF_V], LOWEST, gl.float32, layout=WORDS)
+                        best = gl.full([HALF_V], -1, gl.int32, layout=WORDS)
                         # Loaded long before they are used. Past the last text any element will do.
                         b += 1
                         start = end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
@@ -38,7 +39,10 @@ def lsr_forward(
         that fits. The last two and the inputs are all that the backward pass keeps.
     """
     if impl == "triton":
-        from sparton.kernels.forward import triton_forward as forward
+        if os.environ.get("SPARTON_PREVIEW") == "1":  # kernels that have not run on a GPU yet
+            from sparton.kernels.forward_slots import slots_forward as forward
+        else:
+            from sparton.kernels.forward import triton_forward as forward
     else:
         forward = functools.partial(tiled_forward, need_positions=need_positions)
     # The dtypes are settled; autocast must not settle them again inside.

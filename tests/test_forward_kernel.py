@@ -1,4 +1,4 @@
-"""The forward kernel's schedule: slots, chunks, tiles and programs in any combination, on small tiles."""
+"""The forward kernel over slots: chunks, tiles and programs in any combination, on small tiles; the head with it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sparton
+from sparton.testing import EPSILON, assert_no_worse, compute, make_inputs, truth
+from tests.test_head_values import DTYPES, NAMES, SHAPES
+
 triton = pytest.importorskip("triton")
 
-from sparton.kernels import forward  # noqa: E402
+from sparton.kernels import forward_slots as forward  # noqa: E402
 from sparton.kernels.configs import TILES, ForwardPlan, forward_plan  # noqa: E402
 from sparton.kernels.slots import make_slots  # noqa: E402
 from sparton.tiled import tiled_forward  # noqa: E402
@@ -51,7 +55,7 @@ def test_any_schedule_gives_the_same(lengths, chunk, dtype, device, monkeypatch)
     weight = torch.randint(-2, 3, (37, 24), generator=generator).float().to(device)
     bias = torch.randint(-6, 7, (37,), generator=generator).float().to(device)
     arguments = (weight.to(dtype), bias.to(dtype), cu_seqlens, max(max(lengths), 1), "log1p", dtype, torch.float32)
-    out, factor, positions = forward.triton_forward(hidden.to(dtype), *arguments)
+    out, factor, positions = forward.slots_forward(hidden.to(dtype), *arguments)
     expected, expected_factor, expected_positions = tiled_forward(hidden.to(dtype), *arguments)
     # 16-bit operands: the logit's low bits hold the place.
     torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
@@ -89,3 +93,26 @@ def test_slots_repeat_the_last_row(device):
         source = begin + torch.arange(slot).clamp_max(length - 1)
         expected = hidden[source.to(device)] if length else torch.zeros(slot, 40, device=device)
         torch.testing.assert_close(rows[first : first + slot], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_head_with_it_is_no_worse_than_naive(shape, bias, dtype, device, monkeypatch):
+    monkeypatch.setenv("SPARTON_PREVIEW", "1")
+    inputs = make_inputs(*SHAPES[shape], bias=bias, dtype=dtype, device=device)
+    results = zip(NAMES, compute(inputs, "triton", dtype), compute(inputs, "naive", dtype), truth(inputs), strict=True)
+    for name, got, naive, want in results:
+        if want is not None:
+            assert_no_worse(name, got, naive, want, EPSILON[dtype])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter computes with numpy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("overflow", [float("nan"), float("inf")])
+def test_an_overflow_of_a_real_row_reaches_the_output(dtype, overflow, device, monkeypatch):
+    monkeypatch.setenv("SPARTON_PREVIEW", "1")
+    hidden = torch.ones(2, 20, 4, dtype=dtype, device=device)
+    hidden[1, 7, 2] = overflow  # whoever scales a fp16 loss must see it
+    out = sparton.lsr_head(hidden, torch.ones(3, 4, dtype=dtype, device=device), None, impl="triton")
+    assert torch.isfinite(out[0]).all() and not torch.isfinite(out[1]).any()

@@ -45,10 +45,9 @@ def test_padding_does_not_leak(impl, poison, device):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter computes with numpy
 @pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("overflow", [float("nan"), float("inf")])
-def test_an_overflow_of_a_real_row_reaches_the_output(impl, dtype, overflow, device):
+def test_an_overflow_of_a_real_row_reaches_the_output(impl, dtype, device):
     hidden = torch.ones(2, 20, 4, dtype=dtype, device=device)
-    hidden[1, 7, 2] = overflow  # whoever scales a fp16 loss must see it
+    hidden[1, 7, 2] = float("inf")  # whoever scales a fp16 loss must see it
     out = sparton.lsr_head(hidden, torch.ones(3, 4, dtype=dtype, device=device), None, impl=impl)
     assert torch.isfinite(out[0]).all() and not torch.isfinite(out[1]).any()
 

@@ -11,6 +11,11 @@ from torch import Tensor
 from sparton.tiled import position_dtype, sum_dtype, tiled_backward, tiled_forward
 
 
+def _preview() -> bool:
+    """Whether the next kernels are asked for, which have not run on a GPU yet."""
+    return os.environ.get("SPARTON_PREVIEW") == "1"
+
+
 @torch.library.custom_op("sparton::lsr_forward", mutates_args=())
 def lsr_forward(
     hidden: Tensor,
@@ -39,7 +44,7 @@ def lsr_forward(
         that fits. The last two and the inputs are all that the backward pass keeps.
     """
     if impl == "triton":
-        if os.environ.get("SPARTON_PREVIEW") == "1":  # kernels that have not run on a GPU yet
+        if _preview():
             from sparton.kernels.forward_slots import slots_forward as forward
         else:
             from sparton.kernels.forward import triton_forward as forward
@@ -89,11 +94,17 @@ def lsr_backward(
     else:
         backward = tiled_backward
     with torch.autocast(hidden.device.type, enabled=False):
-        # Not a plain product: an infinite gradient of an inactive entry must stay without effect.
-        g = torch.where(factor > 0, grad.to(factor.dtype) * factor, 0)
-        d_hidden, d_weight = backward(g, positions, hidden, weight, cu_seqlens, (need_hidden, need_weight))
-        d_bias = g.sum(0).to(bias.dtype) if need_bias else None
-    return tuple(hidden.new_empty(0) if grad is None else grad for grad in (d_hidden, d_weight, d_bias))
+        if impl == "triton" and _preview():
+            from sparton.kernels.gradients import preview_backward
+
+            need = (need_hidden, need_weight, need_bias)
+            grads = preview_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, need)
+        else:
+            # Not a plain product: an infinite gradient of an inactive entry must stay without effect.
+            g = torch.where(factor > 0, grad.to(factor.dtype) * factor, 0)
+            d_hidden, d_weight = backward(g, positions, hidden, weight, cu_seqlens, (need_hidden, need_weight))
+            grads = (d_hidden, d_weight, g.sum(0).to(bias.dtype) if need_bias else None)
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @lsr_backward.register_fake

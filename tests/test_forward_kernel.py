@@ -116,3 +116,22 @@ def test_an_overflow_of_a_real_row_reaches_the_output(dtype, overflow, device, m
     hidden[1, 7, 2] = overflow  # whoever scales a fp16 loss must see it
     out = sparton.lsr_head(hidden, torch.ones(3, 4, dtype=dtype, device=device), None, impl="triton")
     assert torch.isfinite(out[0]).all() and not torch.isfinite(out[1]).any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("hopper", ["1", "0"])  # the Gluon kernel where the card has it, and the plain one
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [72, 768])
+@pytest.mark.parametrize("lengths", [[512] * 3, [300, 0, 1, 77, 513], [30] * 40, [128] * 5, [9, 31] * 90, [700]])
+def test_tiles_of_full_size(lengths, dim, dtype, hopper, monkeypatch):
+    monkeypatch.setenv("SPARTON_HOPPER", hopper)
+    hidden, cu_seqlens = (t.cuda() for t in rows_and_offsets(lengths, dim))
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randint(-2, 3, (1000, dim), generator=generator).cuda().to(dtype)
+    bias = torch.randint(-60, 7, (1000,), generator=generator).cuda().to(dtype)
+    arguments = (hidden.to(dtype), weight, bias, cu_seqlens, max(lengths), "log1p", dtype, torch.float32)
+    out, factor, positions = forward.slots_forward(*arguments)
+    expected, expected_factor, expected_positions = tiled_forward(*arguments)
+    torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
+    torch.testing.assert_close(factor.float(), expected_factor, atol=6e-4, rtol=0)
+    assert torch.equal(positions[expected > 0].long(), expected_positions[expected > 0].long())

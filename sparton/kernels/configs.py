@@ -125,6 +125,16 @@ def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int
     return best
 
 
+# Bytes of lists that a gradient may take beside its tensors; what needs more is done in ranges.
+WORKSPACE = 2**26
+# Entries of a sum that are loaded together.
+ENTRIES = 4
+# Words that one program orders by row.
+CHUNK_WORDS = 4096
+# Entries that one program sums for a row; the rows of frequent tokens win far more and are cut into parts.
+PART_ENTRIES = 2048
+
+
 def backward_block(dim: int) -> tuple[int, int]:
     """BLOCK_D of the gradient kernels (columns of a row that a program sums in registers) and its warps."""
     block_d = min(max(power_of_two(dim), 16), 1024)

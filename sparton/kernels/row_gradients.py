@@ -199,7 +199,7 @@ def row_gradients(
         for place in (False, True):
             place_kernel[(last - first, chunks)](
                 grad, factor, positions, cu_seqlens, table, starts, order, first, vocab, tokens, *grad.stride(),
-                PLACE=place, CHUNK=configs.CHUNK_WORDS, BLOCK=128, num_warps=8,
+                PLACE=place, CHUNK=configs.CHUNK_WORDS, BLOCK=64, num_warps=2,
             )  # fmt: skip
             if not place:
                 prefix_kernel[(triton.cdiv(tokens, 32),)](table, totals, tokens, chunks, BLOCK_C=64, BLOCK_R=32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 
@@ -39,11 +40,12 @@ def require_green_tests() -> None:
 
 
 def _state() -> str:
-    """A digest of the library, the head's tests, and what they ran on."""
+    """A digest of the library, the head's tests, what they ran on and which kernels were switched on."""
     digest = hashlib.sha256()
     patterns = ("sparton/**/*.py", HEAD_TESTS, "tests/conftest.py", "pyproject.toml")
     for path in sorted({path for pattern in patterns for path in REPOSITORY.glob(pattern)}):
         digest.update(f"{path.relative_to(REPOSITORY)}\0".encode() + path.read_bytes())
     told = {name: value for name, value in environment().items() if name not in ("commit", "date")}
-    digest.update(repr(sorted(told.items())).encode())
+    switches = {name: value for name, value in os.environ.items() if name.startswith("SPARTON_")}
+    digest.update(repr((sorted(told.items()), sorted(switches.items()))).encode())
     return digest.hexdigest()

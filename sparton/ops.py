@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 from torch import Tensor
 
-from sparton.tiled import position_dtype, sum_dtype, tiled_backward, tiled_forward
-
-
-def _preview() -> bool:
-    """Whether the next kernels are asked for, which have not run on a GPU yet."""
-    return os.environ.get("SPARTON_PREVIEW") == "1"
+from sparton.tiled import factor_dtype, position_dtype, sum_dtype, tiled_backward, tiled_forward
 
 
 @torch.library.custom_op("sparton::lsr_forward", mutates_args=())
@@ -39,15 +33,12 @@ def lsr_forward(
         need_positions: False where no gradient will be asked for: the tiles then look for the maximum alone.
 
     Returns:
-        ``out`` (B, V) in ``out_dtype``; ``factor`` (B, V) float32, the derivative of the output by the maximal logit,
-        taken before any rounding; ``positions`` (B, V), the maximum's place in its sequence, in the smallest integer
-        that fits. The last two and the inputs are all that the backward pass keeps.
+        ``out`` (B, V) in ``out_dtype``; ``factor`` (B, V) in :func:`~sparton.tiled.factor_dtype`, the derivative of
+        the output by the maximal logit, taken before any rounding; ``positions`` (B, V), the maximum's place in its
+        sequence, in the smallest integer that fits. The last two and the inputs are all that the backward pass keeps.
     """
     if impl == "triton":
-        if _preview():
-            from sparton.kernels.forward_slots import slots_forward as forward
-        else:
-            from sparton.kernels.forward import triton_forward as forward
+        from sparton.kernels.forward import triton_forward as forward
     else:
         forward = functools.partial(tiled_forward, need_positions=need_positions)
     # The dtypes are settled; autocast must not settle them again inside.
@@ -60,7 +51,7 @@ def _(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype
     shape = (cu_seqlens.shape[0] - 1, weight.shape[0])
     return (
         hidden.new_empty(shape, dtype=out_dtype),
-        hidden.new_empty(shape, dtype=sum_dtype(dtype)),
+        hidden.new_empty(shape, dtype=factor_dtype(dtype)),
         hidden.new_empty(shape, dtype=position_dtype(max_seqlen)),
     )
 
@@ -89,20 +80,17 @@ def lsr_backward(
         Gradients by hidden (N, D), weight (V, D) and bias (V,), each in the dtype of its tensor and summed in float32;
         an empty tensor for what is not needed.
     """
-    if impl == "triton":
-        from sparton.kernels.backward import triton_backward as backward
-    else:
-        backward = tiled_backward
+    need = (need_hidden, need_weight, need_bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        if impl == "triton" and _preview():
-            from sparton.kernels.gradients import preview_backward
+        if impl == "triton":
+            from sparton.kernels.backward import triton_backward
 
-            need = (need_hidden, need_weight, need_bias)
-            grads = preview_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, need)
+            grads = triton_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, need)
         else:
             # Not a plain product: an infinite gradient of an inactive entry must stay without effect.
-            g = torch.where(factor > 0, grad.to(factor.dtype) * factor, 0)
-            d_hidden, d_weight = backward(g, positions, hidden, weight, cu_seqlens, (need_hidden, need_weight))
+            dtype = sum_dtype(factor.dtype)
+            g = torch.where(factor > 0, grad.to(dtype) * factor.to(dtype), 0)
+            d_hidden, d_weight = tiled_backward(g, positions, hidden, weight, cu_seqlens, need[:2])
             grads = (d_hidden, d_weight, g.sum(0).to(bias.dtype) if need_bias else None)
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
 

@@ -24,6 +24,11 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the derivative is kept in: float16, which rounds by 2^-11 at most, where the operands have 16 bits."""
+    return torch.float16 if dtype.itemsize == 2 else sum_dtype(dtype)
+
+
 def activate(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Applies the activation to the maximal logits.
 
@@ -85,8 +90,8 @@ def tiled_forward(
         need_positions: False leaves the positions at zero, for half the time of the maximum on a CPU.
 
     Returns:
-        ``out`` (B, V) in ``out_dtype``, ``factor`` (B, V) float32 (the derivative of the output by the maximal logit)
-        and ``positions`` (B, V) in the smallest integer that fits.
+        ``out`` (B, V) in ``out_dtype``, ``factor`` (B, V) in :func:`factor_dtype` (the derivative of the output by the
+        maximal logit) and ``positions`` (B, V) in the smallest integer that fits.
     """
     batch, vocab = len(cu_seqlens) - 1, len(weight)
     best = torch.empty(batch, vocab, dtype=sum_dtype(dtype), device=hidden.device)
@@ -111,7 +116,7 @@ def tiled_forward(
         best += bias
     best.masked_fill_((cu_seqlens.diff() == 0)[:, None], 0)
     out, factor = activate(best, activation)
-    return out.to(out_dtype), factor, positions
+    return out.to(out_dtype), factor.to(factor_dtype(dtype)), positions
 
 
 def _sum_by_owner(owner: Tensor, owners: int, table: Tensor, index: Tensor, value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tests.test_head_values import DTYPES, NAMES, SHAPES
 
 triton = pytest.importorskip("triton")
 
-from sparton.kernels import forward_slots as forward  # noqa: E402
+from sparton.kernels import forward  # noqa: E402
 from sparton.kernels.configs import TILES, ForwardPlan, forward_plan  # noqa: E402
 from sparton.kernels.slots import make_slots  # noqa: E402
 from sparton.tiled import tiled_forward  # noqa: E402
@@ -55,7 +55,7 @@ def test_any_schedule_gives_the_same(lengths, chunk, dtype, device, monkeypatch)
     weight = torch.randint(-2, 3, (37, 24), generator=generator).float().to(device)
     bias = torch.randint(-6, 7, (37,), generator=generator).float().to(device)
     arguments = (weight.to(dtype), bias.to(dtype), cu_seqlens, max(max(lengths), 1), "log1p", dtype, torch.float32)
-    out, factor, positions = forward.slots_forward(hidden.to(dtype), *arguments)
+    out, factor, positions = forward.triton_forward(hidden.to(dtype), *arguments)
     expected, expected_factor, expected_positions = tiled_forward(hidden.to(dtype), *arguments)
     # 16-bit operands: the logit's low bits hold the place.
     torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
@@ -98,8 +98,7 @@ def test_slots_repeat_the_last_row(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_head_with_it_is_no_worse_than_naive(shape, bias, dtype, device, monkeypatch):
-    monkeypatch.setenv("SPARTON_PREVIEW", "1")
+def test_the_head_is_no_worse_than_naive(shape, bias, dtype, device):
     inputs = make_inputs(*SHAPES[shape], bias=bias, dtype=dtype, device=device)
     results = zip(NAMES, compute(inputs, "triton", dtype), compute(inputs, "naive", dtype), truth(inputs), strict=True)
     for name, got, naive, want in results:
@@ -110,8 +109,7 @@ def test_the_head_with_it_is_no_worse_than_naive(shape, bias, dtype, device, mon
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter computes with numpy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("overflow", [float("nan"), float("inf")])
-def test_an_overflow_of_a_real_row_reaches_the_output(dtype, overflow, device, monkeypatch):
-    monkeypatch.setenv("SPARTON_PREVIEW", "1")
+def test_an_overflow_of_a_real_row_reaches_the_output(dtype, overflow, device):
     hidden = torch.ones(2, 20, 4, dtype=dtype, device=device)
     hidden[1, 7, 2] = overflow  # whoever scales a fp16 loss must see it
     out = sparton.lsr_head(hidden, torch.ones(3, 4, dtype=dtype, device=device), None, impl="triton")
@@ -130,7 +128,7 @@ def test_tiles_of_full_size(lengths, dim, dtype, hopper, monkeypatch):
     weight = torch.randint(-2, 3, (1000, dim), generator=generator).cuda().to(dtype)
     bias = torch.randint(-60, 7, (1000,), generator=generator).cuda().to(dtype)
     arguments = (hidden.to(dtype), weight, bias, cu_seqlens, max(lengths), "log1p", dtype, torch.float32)
-    out, factor, positions = forward.slots_forward(*arguments)
+    out, factor, positions = forward.triton_forward(*arguments)
     expected, expected_factor, expected_positions = tiled_forward(*arguments)
     torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
     torch.testing.assert_close(factor.float(), expected_factor, atol=6e-4, rtol=0)

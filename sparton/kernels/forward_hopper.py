@@ -25,7 +25,7 @@ BLOCK_S = 256  # the largest N of a wgmma, the most rows of a TMA box, and what 
 BLOCK_D = 64  # 128 bytes: one row of the swizzle
 NUM_STAGES = 4  # a power of two; 4 x 48 KiB of the 227 KiB of shared memory
 # Stages that the second consumer lets pass before it starts, so that the two reach their epilogues at different times.
-LEAD = 1
+LEAD = 2
 # What stays of a logit beside the code of its column. A kernel argument: as a constant it costs an instruction more.
 LOGIT_BITS = -BLOCK_S
 

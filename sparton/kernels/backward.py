@@ -38,7 +38,7 @@ def triton_backward(
         (N, D), (V, D) and (V,), None for what is not wanted.
     """
     # A row is read with wide loads, so its columns must be neighbours; rows may stand anywhere.
-    rows, words = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (hidden, weight))
+    rows, words, grad = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (hidden, weight, grad))
     factor, positions, cu_seqlens = factor.contiguous(), positions.contiguous(), cu_seqlens.contiguous()
     make = torch.empty if factor.numel() and len(hidden) else torch.zeros
     d_hidden, d_weight, d_bias = (

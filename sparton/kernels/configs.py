@@ -97,23 +97,20 @@ def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int
     return best
 
 
-# Bytes of lists that a gradient may take beside its tensors; what needs more is done in ranges.
-WORKSPACE = 2**26
-# Entries of a sum that are loaded together.
+# Bytes of lists and partial sums that a gradient may take beside its tensors; what needs more is done in ranges. 32 texts of
+# 250,002 words fit, so that the rows of their tokens keep every multiprocessor busy.
+WORKSPACE = 88 * 2**20
+# Rows that a sum loads together; those of the next step are under way meanwhile.
 ENTRIES = 4
-# Entries that one program sums for a row; the rows of frequent tokens win far more and are cut into parts.
-PART_ENTRIES = 2048
-
-
+# Entries of a part of a long row: a row with twice as many is cut, as the rows of frequent tokens win far more than others.
+PART_ENTRIES = 1024
 # Bytes of the table of words won by (chunk of the vocabulary, row).
 TABLE = 2**23
 # Words of a chunk of that table at least (many chunks keep many programs busy, and one writes an integer for every row
 # of its text) and at most (16-bit integers say where in the chunk a word stands).
 LEAST_CHUNK_WORDS, MOST_CHUNK_WORDS = 2**10, 2**15
 # Words that one program of the gradient by weight goes through: most have few entries or none.
-WORDS = 4
-# Warps of a part of a long row and entries that they load together: a part is long, so its own speed counts.
-PART_WARPS, PART_GROUP = 4, 16
+WORDS = 8
 
 
 def gradient_columns(dim: int) -> tuple[int, int, int]:

@@ -83,7 +83,7 @@ def test_against_float64(small, lengths, vocab, dim, settings, device):
 def test_ranges_of_texts_and_words(small, skewed, device):
     tensors = saved([4, 0, 7, 1, 9], 150, 16, device, skewed=skewed)
     whole = triton_backward(*tensors)
-    small.setattr(configs, "WORKSPACE", 2 * (8 * 150 + 4 * 10 * 16))  # two texts at a time
+    small.setattr(configs, "WORKSPACE", 2 * (4 * 150 + 4 * 10 * 16))  # two texts at a time
     check(tensors)
     assert all(torch.equal(a, b) for a, b in zip(whole, triton_backward(*tensors), strict=True))
     small.setattr(configs, "WORKSPACE", 1)  # one text, one word

@@ -8,7 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from sparton.kernels import configs
-from sparton.kernels.entries import add_sums, load_active, load_entries, make_entry, store_sums, sum_rows
+from sparton.kernels.entries import load_active, load_entries, store_columns, sum_rows
+
+
+@triton.jit
+def _histogram(words_ptr, positions_ptr, first, n, low, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    """How many of BLOCK active words from place ``first`` on each of the rows low .. low + BINS - 1 wins."""
+    offs_e = first + tl.arange(0, BLOCK)
+    mask = offs_e < n
+    word = tl.load(words_ptr + offs_e, mask=mask, other=0).to(tl.int32)
+    position = tl.load(positions_ptr + word, mask=mask, other=0).to(tl.int32) - low
+    return tl.histogram(position, BINS, mask=mask & (position >= 0) & (position < BINS))
 
 
 @triton.jit(do_not_specialize=["R", "first_b", "chunk_words", "num_chunks", "stride_gb"])
@@ -28,6 +38,7 @@ def histogram_kernel(
     stride_gb,
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_FEW: tl.constexpr,
     BINS: tl.constexpr,
 ):
     """One program: a chunk of one text's words. Lists the active ones and counts how many each row of the text wins.
@@ -57,11 +68,10 @@ def histogram_kernel(
     for low in range(0, length, BINS):  # long texts take several passes: a histogram's cost grows with its bins
         won = tl.zeros((BINS,), tl.int32)
         for first in range(0, n, BLOCK_E):
-            offs_e = first + tl.arange(0, BLOCK_E)
-            mask = offs_e < n
-            word = tl.load(words_ptr + offs_e, mask=mask, other=0).to(tl.int32)
-            position = tl.load(positions_ptr + word, mask=mask, other=0).to(tl.int32) - low
-            won += tl.histogram(position, BINS, mask=mask & (position >= 0) & (position < BINS))
+            if n - first > BLOCK_FEW:
+                won += _histogram(words_ptr, positions_ptr, first, n, low, BLOCK_E, BINS)
+            else:
+                won += _histogram(words_ptr, positions_ptr, first, n, low, BLOCK_FEW, BINS)
         offs_s = low + tl.arange(0, BINS)
         tl.store(table_ptr + chunk.to(tl.int64) * R + start + offs_s, won, mask=offs_s < length)
 
@@ -100,10 +110,8 @@ def scan_rows_kernel(totals_ptr, starts_ptr, ends_ptr, texts_ptr, cu_seqlens_ptr
         before += tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["R", "first_b", "chunk_words", "num_chunks", "stride_gb"])
+@triton.jit(do_not_specialize=["R", "first_b", "chunk_words", "num_chunks"])
 def place_kernel(
-    grad_ptr,
-    factor_ptr,
     positions_ptr,
     cu_seqlens_ptr,
     words_ptr,
@@ -116,7 +124,6 @@ def place_kernel(
     first_b,
     chunk_words,
     num_chunks,
-    stride_gb,
     BLOCK_E: tl.constexpr,
 ):
     """One program: writes the active words of one chunk of one text to their places in the order by row.
@@ -132,8 +139,6 @@ def place_kernel(
     n = tl.load(counts_ptr + text * num_chunks + chunk)
     words_ptr += text * V + begin
     positions_ptr += b * V + begin
-    grad_ptr += b * stride_gb + begin
-    factor_ptr += b * V + begin
     table_ptr += chunk.to(tl.int64) * R + start
     starts_ptr += start
     order_ptr += text * V
@@ -147,21 +152,22 @@ def place_kernel(
         offs_next = first + BLOCK_E + offs
         next_word = tl.load(words_ptr + offs_next, mask=offs_next < n, other=0).to(tl.int32)
         position = tl.load(positions_ptr + word, mask=mask, other=0).to(tl.int32)
-        g, _ = load_active(grad_ptr + word, factor_ptr + word, mask)
         key = tl.where(mask, position, -1 - offs)  # what is masked shares a row with nobody
         same = tl.sum(tl.where(key[:, None] == key[None, :], weight, 0), axis=0)
         cell = table_ptr + position
         place = tl.load(cell, mask=mask, other=0) + same % (2 * BLOCK_E)
         row_start = tl.load(starts_ptr + position, mask=mask, other=0)
-        tl.store(order_ptr + row_start + place, make_entry(g, begin + word), mask=mask)
+        tl.store(order_ptr + row_start + place, begin + word, mask=mask)
         # The last entry of a row counts on for all, after all have read the cell and before they read it again.
         tl.debug_barrier()
         tl.store(cell, place + 1, mask=mask & (same < 2 * BLOCK_E))
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["B", "R", "first_b", "last_b", "parts_per_text", "num_parts"])
+@triton.jit(do_not_specialize=["B", "R", "first_b", "last_b", "parts_per_text", "num_parts", "stride_gb"])
 def hidden_grad_kernel(
+    grad_ptr,
+    factor_ptr,
     weight_ptr,
     cu_seqlens_ptr,
     starts_ptr,
@@ -177,13 +183,13 @@ def hidden_grad_kernel(
     last_b,
     parts_per_text,
     num_parts,
+    stride_gb,
     stride_wv,
     D: tl.constexpr,
     PART: tl.constexpr,
     ENTRIES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
 ):
     """The first ``num_parts`` programs: a part of a long row each; the others: the gradient of one row that isn't long.
 
@@ -226,14 +232,16 @@ def hidden_grad_kernel(
             mine = last - first < 2 * PART
     if mine:
         order_ptr += text * V
+        grad_ptr += (first_b + text) * stride_gb
+        factor_ptr += (first_b + text) * V
         entries = load_entries(order_ptr, first, last, ENTRIES)
-        total, rest = sum_rows(
-            entries, order_ptr, first, last, weight_ptr, stride_wv, D, ENTRIES, BLOCK_D, BLOCK_REST
+        total = sum_rows(
+            entries, order_ptr, first, last, grad_ptr, factor_ptr, weight_ptr, stride_wv, D, ENTRIES, BLOCK_D
         )
         if program < num_parts:
-            store_sums(partials_ptr + program.to(tl.int64) * D, total, rest, D)
+            store_columns(partials_ptr + program.to(tl.int64) * D, total, D, BLOCK_D)
         else:
-            store_sums(grad_hidden_ptr + row * D, total, rest, D)
+            store_columns(grad_hidden_ptr + row * D, total, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["first_b", "last_b", "parts_per_text"])
@@ -249,22 +257,26 @@ def long_rows_kernel(
     parts_per_text,
     D: tl.constexpr,
     PART: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
 ):
-    """One program: the gradient of one row, if it is long, from its partial sums in their order."""
-    row = tl.program_id(0).to(tl.int64)
-    if (row >= tl.load(cu_seqlens_ptr + first_b).to(tl.int64)) & (row < tl.load(cu_seqlens_ptr + last_b).to(tl.int64)):
-        first = tl.load(starts_ptr + row)
-        parts = (tl.load(ends_ptr + row) - first) // PART
-        if parts >= 2:
-            partials_ptr += (tl.load(texts_ptr + row).to(tl.int64) - first_b) * parts_per_text * D
-            total = tl.zeros((BLOCK_D,), tl.float32)
-            rest = tl.zeros((BLOCK_REST,), tl.float32)
-            for part in range(0, parts):
-                number = (first + part * PART) // PART
-                total, rest = add_sums(total, rest, partials_ptr + number.to(tl.int64) * D, D)
-            store_sums(grad_hidden_ptr + row * D, total, rest, D)
+    """One program: the gradients of the long ones among BLOCK_R rows, from their partial sums in their order."""
+    begin = tl.load(cu_seqlens_ptr + first_b).to(tl.int64) + tl.program_id(0).to(tl.int64) * BLOCK_R
+    end = tl.minimum(begin + BLOCK_R, tl.load(cu_seqlens_ptr + last_b).to(tl.int64))
+    offs_r = begin + tl.arange(0, BLOCK_R)
+    start = tl.load(starts_ptr + offs_r, mask=offs_r < end, other=0)
+    stop = tl.load(ends_ptr + offs_r, mask=offs_r < end, other=0)
+    if tl.max(stop - start, axis=0) >= 2 * PART:
+        offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        for row in range(begin, end):
+            first = tl.load(starts_ptr + row)
+            parts = (tl.load(ends_ptr + row) - first) // PART
+            if parts >= 2:
+                slot = (tl.load(texts_ptr + row).to(tl.int64) - first_b) * parts_per_text + first // PART
+                total = tl.zeros((BLOCK_D,), tl.float32)
+                for part in range(0, parts):
+                    total += tl.load(partials_ptr + (slot + part) * D + offs_d, mask=offs_d < D, other=0.0)
+                store_columns(grad_hidden_ptr + row * D, total, D, BLOCK_D)
 
 
 def _sort(
@@ -273,27 +285,26 @@ def _sort(
     """Orders the active words of ``texts`` texts from ``first`` on by row.
 
     Returns:
-        The order (texts * V,), entries as ``make_entry`` makes them, and for each of the N rows its first and last
-        place in it and its text, all int32.
+        The order (texts * V,) and for each of the N rows its first and last place in it and its text, all int32.
     """
     vocab, device = factor.shape[1], factor.device
     chunk_words = configs.chunk_words(vocab, tokens)
     chunks = triton.cdiv(vocab, chunk_words)
-    order, words = (torch.empty(texts * vocab, dtype=dtype, device=device) for dtype in (torch.int64, torch.int16))
+    order, words = (torch.empty(texts * vocab, dtype=dtype, device=device) for dtype in (torch.int32, torch.int16))
     counts, table, totals, starts, ends, owners = (
         torch.empty(size, dtype=torch.int32, device=device)
         for size in (texts * chunks, chunks * tokens, *4 * (tokens,))
     )
     histogram_kernel[(texts, chunks)](
         grad, factor, positions, cu_seqlens, words, counts, table, vocab, tokens, first, chunk_words, chunks,
-        grad.stride(0), BLOCK_V=configs.LEAST_CHUNK_WORDS, BLOCK_E=128, BINS=256 if positions.itemsize == 1 else 512,
-        num_warps=4,
+        grad.stride(0), BLOCK_V=configs.LEAST_CHUNK_WORDS, BLOCK_E=512, BLOCK_FEW=64,
+        BINS=256 if positions.itemsize == 1 else 512, num_warps=4,
     )  # fmt: skip
     scan_chunks_kernel[(triton.cdiv(tokens, 32),)](table, totals, tokens, chunks, BLOCK_C=128, BLOCK_R=32, num_warps=4)
     scan_rows_kernel[(texts,)](totals, starts, ends, owners, cu_seqlens, first, BLOCK_R=512, num_warps=4)
     place_kernel[(texts, chunks)](
-        grad, factor, positions, cu_seqlens, words, counts, table, starts, order, vocab, tokens, first, chunk_words,
-        chunks, grad.stride(0), BLOCK_E=32, num_warps=1,
+        positions, cu_seqlens, words, counts, table, starts, order, vocab, tokens, first, chunk_words, chunks,
+        BLOCK_E=32, num_warps=1,
     )  # fmt: skip
     return order, starts, ends, owners
 
@@ -309,10 +320,11 @@ def hidden_gradient(
     (batch, vocab), (tokens, dim) = factor.shape, d_hidden.shape
     part = configs.PART_ENTRIES
     parts_per_text = triton.cdiv(vocab, part)
-    block_d, block_rest, columns = configs.gradient_columns(dim)
-    columns_of = {"D": dim, "PART": part, "BLOCK_D": block_d, "BLOCK_REST": block_rest}
-    fits = max(1, configs.WORKSPACE // (8 * vocab + max(2 * vocab, 4 * parts_per_text * dim)))
+    fits = max(1, configs.WORKSPACE // (4 * vocab + max(2 * vocab, 4 * parts_per_text * dim)))
     step = triton.cdiv(batch, triton.cdiv(batch, fits))
+    block_d = configs.gradient_columns(dim)
+    columns = triton.cdiv(dim, block_d)
+    cut = {"D": dim, "PART": part, "BLOCK_D": block_d, "num_warps": 1}
     for first in range(0, batch, step):
         last = min(first + step, batch)
         order, starts, ends, owners = _sort(grad, factor, positions, cu_seqlens, first, last - first, tokens)
@@ -320,11 +332,11 @@ def hidden_gradient(
         partials = torch.empty(parts, dim, dtype=torch.float32, device=grad.device)
         # Parts first: the longest.
         hidden_grad_kernel[(parts + tokens, columns)](
-            weight, cu_seqlens, starts, ends, owners, order, partials, d_hidden,
-            batch, vocab, tokens, first, last, parts_per_text, parts, weight.stride(0),
-            ENTRIES=configs.ENTRIES, BLOCK_S=512, num_warps=1, **columns_of,
+            grad, factor, weight, cu_seqlens, starts, ends, owners, order, partials, d_hidden,
+            batch, vocab, tokens, first, last, parts_per_text, parts, grad.stride(0), weight.stride(0),
+            ENTRIES=configs.ENTRIES, BLOCK_S=128, **cut,
         )  # fmt: skip
-        long_rows_kernel[(tokens, columns)](
-            cu_seqlens, starts, ends, owners, partials, d_hidden, first, last, parts_per_text,
-            num_warps=1, **columns_of,
-        )  # fmt: skip
+        long_rows_kernel[(triton.cdiv(tokens, 32), columns)](
+            cu_seqlens, starts, ends, owners, partials, d_hidden, first, last, parts_per_text, BLOCK_R=32, **cut
+        )
+        del order, partials  # before the next range has its own

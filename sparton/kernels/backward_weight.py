@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparton.kernels import configs
-from sparton.kernels.entries import load_active, load_entries, make_entry, store_sums, sum_rows
+from sparton.kernels.entries import load_active, load_entries, make_entry, store_columns, sum_rows
 
 
 @triton.jit(do_not_specialize=["B", "first_v", "last_v", "stride_gb"])
@@ -45,7 +45,7 @@ def list_texts_kernel(
         total += tl.sum(g, axis=0)
         if HAS_LIST:
             row = tl.load(cu_seqlens_ptr + offs_b, mask=offs_b < B, other=0)[:, None]
-            row += tl.load(positions_ptr + text * V + offs_v[None, :], mask=mask, other=0)
+            row += tl.load(positions_ptr + text * V + offs_v[None, :], mask=active, other=0)
             one = active.to(tl.int32)
             place = count[None, :] + tl.cumsum(one, axis=0) - one
             tl.store(list_ptr + (offs_v - first_v)[None, :] * B + place, make_entry(g, row), mask=active)
@@ -70,9 +70,8 @@ def weight_grad_kernel(
     WORDS: tl.constexpr,
     ENTRIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
 ):
-    """One program: the gradients of WORDS words one after the other, each written once.
+    """One program: BLOCK_D columns of the gradients of WORDS words one after the other, each written once.
 
     Counts are loaded two words ahead and a word's first entries one word ahead: most words have few.
     """
@@ -85,10 +84,8 @@ def weight_grad_kernel(
     for word in range(first, last):
         later_count = tl.load(counts_ptr + word + 2, mask=word + 2 < last, other=0)
         next_entries = load_entries(list_ptr + B, 0, next_count, ENTRIES)
-        total, rest = sum_rows(
-            entries, list_ptr, 0, count, hidden_ptr, stride_hn, D, ENTRIES, BLOCK_D, BLOCK_REST
-        )
-        store_sums(grad_weight_ptr + (first_v + word) * D, total, rest, D)
+        total = sum_rows(entries, list_ptr, 0, count, None, None, hidden_ptr, stride_hn, D, ENTRIES, BLOCK_D)
+        store_columns(grad_weight_ptr + (first_v + word) * D, total, D, BLOCK_D)
         list_ptr += B
         entries = next_entries
         count = next_count
@@ -115,15 +112,14 @@ def weight_gradients(
     counts = torch.empty(step if has_list else 0, dtype=torch.int32, device=device)
     for first in range(0, vocab, step):
         last = min(first + step, vocab)
-        list_texts_kernel[(triton.cdiv(last - first, 128),)](
+        list_texts_kernel[(triton.cdiv(last - first, 32),)](
             grad, factor, positions, cu_seqlens, entries, counts, d_bias, batch, vocab, first, last, grad.stride(0),
-            HAS_LIST=has_list, HAS_BIAS=d_bias is not None, BLOCK_B=8, BLOCK_V=128, num_warps=4,
+            HAS_LIST=has_list, HAS_BIAS=d_bias is not None, BLOCK_B=8, BLOCK_V=32, num_warps=1,
         )  # fmt: skip
         if has_list:
             dim = d_weight.shape[1]
-            block_d, block_rest, columns = configs.gradient_columns(dim)
-            weight_grad_kernel[(triton.cdiv(last - first, configs.WORDS), columns)](
+            block_d = configs.gradient_columns(dim)
+            weight_grad_kernel[(triton.cdiv(last - first, configs.WORDS), triton.cdiv(dim, block_d))](
                 hidden, entries, counts, d_weight, batch, first, last, hidden.stride(0),
-                D=dim, WORDS=configs.WORDS, ENTRIES=configs.ENTRIES, BLOCK_D=block_d, BLOCK_REST=block_rest,
-                num_warps=1,
+                D=dim, WORDS=configs.WORDS, ENTRIES=configs.ENTRIES, BLOCK_D=block_d, num_warps=1,
             )  # fmt: skip

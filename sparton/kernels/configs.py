@@ -99,7 +99,7 @@ def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int
 
 # Bytes of lists and partial sums that a gradient may take beside its tensors; what needs more is done in ranges. 32 texts of
 # 250,002 words fit, so that the rows of their tokens keep every multiprocessor busy.
-WORKSPACE = 88 * 2**20
+WORKSPACE = 64 * 2**20
 # Rows that a sum loads together; those of the next step are under way meanwhile.
 ENTRIES = 4
 # Entries of a part of a long row: a row with twice as many is cut, as the rows of frequent tokens win far more than others.
@@ -113,12 +113,9 @@ LEAST_CHUNK_WORDS, MOST_CHUNK_WORDS = 2**10, 2**15
 WORDS = 8
 
 
-def gradient_columns(dim: int) -> tuple[int, int, int]:
-    """How a row of a gradient is cut: the widths of a program's two blocks, powers of two, and programs to a row."""
-    width = math.ceil(dim / math.ceil(dim / 1024))
-    block_d = max(8, power_of_two(width) // 2)
-    block_rest = max(8, power_of_two(width - block_d))
-    return block_d, block_rest, math.ceil(dim / (block_d + block_rest))
+def gradient_columns(dim: int) -> int:
+    """Columns of a row that one program of a gradient sums: of 128 and 256 what leaves fewer idle, the wider if equal."""
+    return min(256, power_of_two(dim)) if -dim % 256 <= -dim % 128 or dim <= 128 else 128
 
 
 def chunk_words(vocab: int, tokens: int) -> int:

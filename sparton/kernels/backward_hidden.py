@@ -1,4 +1,4 @@
-"""The gradient by hidden: a stable counting sort of each text's active words by row, then balanced sums."""
+"""The gradient by hidden: a counting sort of each text's active words by row, then balanced sums."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparton.kernels import configs
-from sparton.kernels.entries import load_active, load_entries, store_columns, sum_rows
+from sparton.kernels.entries import load_active, load_entries, make_entry, store_columns, sum_rows
 
 
 @triton.jit
@@ -36,14 +36,16 @@ def histogram_kernel(
     chunk_words,
     num_chunks,
     stride_gb,
-    BLOCK_V: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_FEW: tl.constexpr,
     BINS: tl.constexpr,
 ):
     """One program: a chunk of one text's words. Lists the active ones and counts how many each row of the text wins.
 
-    ``words``: places within the chunk, ascending; ``counts``: how many; ``table[chunk, row]``: won by that row.
+    ``words``: places within the chunk, ``counts``: how many, ``table[chunk, row]``: won by that row. Of BLOCK_I * BLOCK_J
+    words those BLOCK_J apart come one after the other, which a thread counts by itself.
     """
     text = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -52,19 +54,22 @@ def histogram_kernel(
     words_ptr += text * V + begin
     grad_ptr += b * stride_gb + begin
     factor_ptr += b * V + begin
+    positions_ptr += b * V + begin
+    tile = tl.arange(0, BLOCK_J)[:, None] + tl.arange(0, BLOCK_I)[None, :] * BLOCK_J
     n = 0
-    for first in range(0, tl.minimum(chunk_words, V - begin), BLOCK_V):
-        offs_c = first + tl.arange(0, BLOCK_V)
+    for first in range(0, tl.minimum(chunk_words, V - begin), BLOCK_I * BLOCK_J):
+        offs_c = first + tile
         _, active = load_active(grad_ptr + offs_c, factor_ptr + offs_c, begin + offs_c < V)
         one = active.to(tl.int32)
-        tl.store(words_ptr + n + tl.cumsum(one, axis=0) - one, offs_c.to(tl.int16), mask=active)
-        n += tl.sum(one, axis=0)
+        own = tl.sum(one, axis=1)
+        place = n + (tl.cumsum(own, axis=0) - own)[:, None] + tl.cumsum(one, axis=1) - one
+        tl.store(words_ptr + place, offs_c.to(tl.int16), mask=active)
+        n += tl.sum(own, axis=0)
     tl.store(counts_ptr + text * num_chunks + chunk, n)
     tl.debug_barrier()  # the list is read by other threads than wrote it
 
     start = tl.load(cu_seqlens_ptr + b).to(tl.int64)
     length = (tl.load(cu_seqlens_ptr + b + 1).to(tl.int64) - start).to(tl.int32)
-    positions_ptr += b * V + begin
     for low in range(0, length, BINS):  # long texts take several passes: a histogram's cost grows with its bins
         won = tl.zeros((BINS,), tl.int32)
         for first in range(0, n, BLOCK_E):
@@ -76,9 +81,25 @@ def histogram_kernel(
         tl.store(table_ptr + chunk.to(tl.int64) * R + start + offs_s, won, mask=offs_s < length)
 
 
-@triton.jit(do_not_specialize=["R", "num_chunks"])
-def scan_chunks_kernel(table_ptr, totals_ptr, R, num_chunks, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr):
-    """One program: for BLOCK_R rows the table becomes sums over the chunks before; ``totals[row]``: over all."""
+@triton.jit(do_not_specialize=["B", "R", "num_chunks", "last_b"])
+def scan_chunks_kernel(
+    table_ptr,
+    totals_ptr,
+    firsts_ptr,
+    lasts_ptr,
+    cu_seqlens_ptr,
+    B,
+    R,
+    num_chunks,
+    last_b,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program: for BLOCK_R rows the table becomes sums over the chunks before; ``totals[row]``: over all.
+
+    Until :func:`scan_rows_kernel` knows better, rows are to be left alone; those past the last text get their zeros
+    with the last range of texts.
+    """
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     total = tl.zeros((BLOCK_R,), tl.int32)
@@ -90,28 +111,65 @@ def scan_chunks_kernel(table_ptr, totals_ptr, R, num_chunks, BLOCK_C: tl.constex
         tl.store(cell, total[None, :] + tl.cumsum(won, axis=0) - won, mask=mask)
         total += tl.sum(won, axis=0)
     tl.store(totals_ptr + offs_r, total, mask=mask_r)
+    spare = (offs_r >= tl.load(cu_seqlens_ptr + B)) & (last_b == B)
+    tl.store(firsts_ptr + offs_r, tl.zeros((BLOCK_R,), tl.int32), mask=mask_r)
+    tl.store(lasts_ptr + offs_r, tl.where(spare, 0, -1), mask=mask_r)
 
 
-@triton.jit(do_not_specialize=["first_b"])
-def scan_rows_kernel(totals_ptr, starts_ptr, ends_ptr, texts_ptr, cu_seqlens_ptr, first_b, BLOCK_R: tl.constexpr):
-    """One program: the rows of one text. Row r of text ``texts[r]`` gets the places ``starts[r] .. ends[r] - 1``."""
-    b = first_b + tl.program_id(0)
-    start = tl.load(cu_seqlens_ptr + b).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + b + 1).to(tl.int64) - start).to(tl.int32)
+@triton.jit(do_not_specialize=["first_b", "parts_per_text", "num_parts"])
+def scan_rows_kernel(
+    totals_ptr,
+    firsts_ptr,
+    lasts_ptr,
+    cu_seqlens_ptr,
+    V,
+    first_b,
+    parts_per_text,
+    num_parts,
+    PART: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program: the spans of one text in the order: of each part of its long rows, then of each of its rows.
+
+    A span is ``firsts[i] .. lasts[i] - 1``. A row with n >= 2 * PART words is long and has n // PART parts, of PART words
+    each but for the last one, which has the rest too; instead of its end it has the negative number of its parts. Parts
+    thus begin at least PART places apart, at most one between two multiples of PART, whose number is the part's.
+    """
+    text = tl.program_id(0)
+    start = tl.load(cu_seqlens_ptr + first_b + text).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + first_b + text + 1).to(tl.int64) - start).to(tl.int32)
+    part_ptr = lasts_ptr + text * parts_per_text
+    for low in range(0, parts_per_text, BLOCK_R):
+        offs_p = low + tl.arange(0, BLOCK_R)
+        tl.store(part_ptr + offs_p, tl.zeros((BLOCK_R,), tl.int32) - 1, mask=offs_p < parts_per_text)
+    tl.debug_barrier()  # other threads write the parts that there are
     before = 0
     for low in range(0, length, BLOCK_R):
         offs_s = low + tl.arange(0, BLOCK_R)
         mask = offs_s < length
         total = tl.load(totals_ptr + start + offs_s, mask=mask, other=0)
         end = before + tl.cumsum(total, axis=0)
-        tl.store(starts_ptr + start + offs_s, end - total, mask=mask)
-        tl.store(ends_ptr + start + offs_s, end, mask=mask)
-        tl.store(texts_ptr + start + offs_s, tl.zeros((BLOCK_R,), tl.int32) + b, mask=mask)
+        first = end - total
+        parts = total // PART
+        row = num_parts + start + offs_s
+        tl.store(firsts_ptr + row, text * V + first, mask=mask)
+        tl.store(lasts_ptr + row, tl.where(parts >= 2, -parts, text * V + end), mask=mask)
+        most = tl.max(parts, axis=0)
+        if most >= 2:
+            for part in range(0, most):
+                begin = first + part * PART
+                stop = tl.where(part == parts - 1, end, begin + PART)
+                number = text * parts_per_text + begin // PART
+                chosen = (parts >= 2) & (part < parts)
+                tl.store(firsts_ptr + number, text * V + begin, mask=chosen)
+                tl.store(lasts_ptr + number, text * V + stop, mask=chosen)
         before += tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["R", "first_b", "chunk_words", "num_chunks"])
+@triton.jit(do_not_specialize=["R", "first_b", "chunk_words", "num_chunks", "stride_gb"])
 def place_kernel(
+    grad_ptr,
+    factor_ptr,
     positions_ptr,
     cu_seqlens_ptr,
     words_ptr,
@@ -124,12 +182,13 @@ def place_kernel(
     first_b,
     chunk_words,
     num_chunks,
+    stride_gb,
     BLOCK_E: tl.constexpr,
 ):
     """One program: writes the active words of one chunk of one text to their places in the order by row.
 
-    Within a row words stay ascending, so sums have one order and rows that are summed together read the same words.
-    Nobody else touches the program's cells of the table.
+    Within a row they stay in the order of the lists, so sums have one order, and rows that are summed at a time read
+    neighbouring words. Nobody else touches the program's cells of the table.
     """
     text = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -139,174 +198,131 @@ def place_kernel(
     n = tl.load(counts_ptr + text * num_chunks + chunk)
     words_ptr += text * V + begin
     positions_ptr += b * V + begin
+    grad_ptr += b * stride_gb + begin
+    factor_ptr += b * V + begin
     table_ptr += chunk.to(tl.int64) * R + start
     starts_ptr += start
-    order_ptr += text * V
     offs = tl.arange(0, BLOCK_E)
     # For entry j: 1 for each entry i before it, 2 * BLOCK_E for each after it.
     weight = (offs[:, None] < offs[None, :]).to(tl.int32) + (offs[:, None] > offs[None, :]).to(tl.int32) * (2 * BLOCK_E)
-    next_word = tl.load(words_ptr + offs, mask=offs < n, other=0).to(tl.int32)
+    # Words are loaded two steps ahead and positions one: what is left to wait for is the table.
+    word = tl.load(words_ptr + offs, mask=offs < n, other=0).to(tl.int32)
+    position = tl.load(positions_ptr + word, mask=offs < n, other=0).to(tl.int32)
+    next_word = tl.load(words_ptr + BLOCK_E + offs, mask=BLOCK_E + offs < n, other=0).to(tl.int32)
     for first in range(0, n, BLOCK_E):
         mask = first + offs < n
-        word = next_word
-        offs_next = first + BLOCK_E + offs
-        next_word = tl.load(words_ptr + offs_next, mask=offs_next < n, other=0).to(tl.int32)
-        position = tl.load(positions_ptr + word, mask=mask, other=0).to(tl.int32)
+        next_position = tl.load(positions_ptr + next_word, mask=first + BLOCK_E + offs < n, other=0).to(tl.int32)
+        offs_later = first + 2 * BLOCK_E + offs
+        later_word = tl.load(words_ptr + offs_later, mask=offs_later < n, other=0).to(tl.int32)
+        cell = table_ptr + position
+        place = tl.load(cell, mask=mask, other=0)
+        row_start = tl.load(starts_ptr + position, mask=mask, other=0)
+        g, _ = load_active(grad_ptr + word, factor_ptr + word, mask)
         key = tl.where(mask, position, -1 - offs)  # what is masked shares a row with nobody
         same = tl.sum(tl.where(key[:, None] == key[None, :], weight, 0), axis=0)
-        cell = table_ptr + position
-        place = tl.load(cell, mask=mask, other=0) + same % (2 * BLOCK_E)
-        row_start = tl.load(starts_ptr + position, mask=mask, other=0)
-        tl.store(order_ptr + row_start + place, begin + word, mask=mask)
+        place += same % (2 * BLOCK_E)
+        tl.store(order_ptr + row_start + place, make_entry(g, begin + word), mask=mask)
         # The last entry of a row counts on for all, after all have read the cell and before they read it again.
         tl.debug_barrier()
         tl.store(cell, place + 1, mask=mask & (same < 2 * BLOCK_E))
         tl.debug_barrier()
+        word = next_word
+        position = next_position
+        next_word = later_word
 
 
-@triton.jit(do_not_specialize=["B", "R", "first_b", "last_b", "parts_per_text", "num_parts", "stride_gb"])
+@triton.jit(do_not_specialize=["num_parts"])
 def hidden_grad_kernel(
-    grad_ptr,
-    factor_ptr,
     weight_ptr,
-    cu_seqlens_ptr,
-    starts_ptr,
-    ends_ptr,
-    texts_ptr,
     order_ptr,
+    firsts_ptr,
+    lasts_ptr,
     partials_ptr,
     grad_hidden_ptr,
-    B,
-    V,
-    R,
-    first_b,
-    last_b,
-    parts_per_text,
     num_parts,
-    stride_gb,
     stride_wv,
     D: tl.constexpr,
-    PART: tl.constexpr,
     ENTRIES: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The first ``num_parts`` programs: a part of a long row each; the others: the gradient of one row that isn't long.
-
-    A row with n >= 2 * PART words is long and has n // PART parts, of PART words each but for the last one, which has
-    the rest too. Parts thus begin at least PART places apart, and one at most between two multiples of PART: this
-    interval is the program's and the partial sum's number.
-    """
-    program = tl.program_id(0)
-    row = tl.zeros((), tl.int64)
-    text = row
-    first = 0
-    last = 0
-    mine = program < 0
-    if program < num_parts:
-        text = (program // parts_per_text).to(tl.int64)
-        place = program % parts_per_text * PART
-        begin = tl.load(cu_seqlens_ptr + first_b + text).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + first_b + text + 1).to(tl.int64) - begin).to(tl.int32)
-        if place < tl.load(ends_ptr + begin + length - 1, mask=length > 0, other=0):
-            for low in range(0, length, BLOCK_S):
-                offs_s = low + tl.arange(0, BLOCK_S)
-                start = tl.load(starts_ptr + begin + offs_s, mask=offs_s < length, other=0)
-                end = tl.load(ends_ptr + begin + offs_s, mask=offs_s < length, other=0)
-                parts = (end - start) // PART
-                part = tl.cdiv(tl.maximum(place - start, 0), PART)
-                part_start = start + part * PART
-                chosen = (parts >= 2) & (part < parts) & (part_start < place + PART)
-                first += tl.sum(tl.where(chosen, part_start, 0), axis=0)
-                last += tl.sum(tl.where(chosen, tl.where(part == parts - 1, end, part_start + PART), 0), axis=0)
-            mine = last > first
-    else:
-        row = (program - num_parts).to(tl.int64)
-        # Rows past the last text get their zeros with the last range of texts.
-        stop = tl.load(cu_seqlens_ptr + last_b, mask=last_b < B, other=R).to(tl.int64)
-        if (row >= tl.load(cu_seqlens_ptr + first_b).to(tl.int64)) & (row < stop):
-            owned = row < tl.load(cu_seqlens_ptr + B).to(tl.int64)
-            text = tl.load(texts_ptr + row, mask=owned, other=first_b).to(tl.int64) - first_b
-            first = tl.load(starts_ptr + row, mask=owned, other=0)
-            last = tl.load(ends_ptr + row, mask=owned, other=0)
-            mine = last - first < 2 * PART
-    if mine:
-        order_ptr += text * V
-        grad_ptr += (first_b + text) * stride_gb
-        factor_ptr += (first_b + text) * V
+    """One program: BLOCK_D columns of the sum over one span, a partial sum or the gradient of a row."""
+    program = tl.program_id(0).to(tl.int64)
+    first = tl.load(firsts_ptr + program)
+    last = tl.load(lasts_ptr + program)
+    if last >= 0:
         entries = load_entries(order_ptr, first, last, ENTRIES)
-        total = sum_rows(
-            entries, order_ptr, first, last, grad_ptr, factor_ptr, weight_ptr, stride_wv, D, ENTRIES, BLOCK_D
-        )
+        total = sum_rows(entries, order_ptr, first, last, weight_ptr, stride_wv, D, ENTRIES, BLOCK_D)
         if program < num_parts:
-            store_columns(partials_ptr + program.to(tl.int64) * D, total, D, BLOCK_D)
+            store_columns(partials_ptr + program * D, total, D, BLOCK_D)
         else:
-            store_columns(grad_hidden_ptr + row * D, total, D, BLOCK_D)
+            store_columns(grad_hidden_ptr + (program - num_parts) * D, total, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["first_b", "last_b", "parts_per_text"])
+@triton.jit(do_not_specialize=["R", "parts_per_text", "num_parts"])
 def long_rows_kernel(
-    cu_seqlens_ptr,
-    starts_ptr,
-    ends_ptr,
-    texts_ptr,
+    firsts_ptr,
+    lasts_ptr,
     partials_ptr,
     grad_hidden_ptr,
-    first_b,
-    last_b,
+    V,
+    R,
     parts_per_text,
+    num_parts,
     D: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One program: the gradients of the long ones among BLOCK_R rows, from their partial sums in their order."""
-    begin = tl.load(cu_seqlens_ptr + first_b).to(tl.int64) + tl.program_id(0).to(tl.int64) * BLOCK_R
-    end = tl.minimum(begin + BLOCK_R, tl.load(cu_seqlens_ptr + last_b).to(tl.int64))
+    begin = tl.program_id(0).to(tl.int64) * BLOCK_R
     offs_r = begin + tl.arange(0, BLOCK_R)
-    start = tl.load(starts_ptr + offs_r, mask=offs_r < end, other=0)
-    stop = tl.load(ends_ptr + offs_r, mask=offs_r < end, other=0)
-    if tl.max(stop - start, axis=0) >= 2 * PART:
+    if tl.min(tl.load(lasts_ptr + num_parts + offs_r, mask=offs_r < R, other=0), axis=0) <= -2:
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        for row in range(begin, end):
-            first = tl.load(starts_ptr + row)
-            parts = (tl.load(ends_ptr + row) - first) // PART
+        for row in range(begin, tl.minimum(begin + BLOCK_R, R)):
+            parts = -tl.load(lasts_ptr + num_parts + row)
             if parts >= 2:
-                slot = (tl.load(texts_ptr + row).to(tl.int64) - first_b) * parts_per_text + first // PART
+                first = tl.load(firsts_ptr + num_parts + row)
+                number = (first // V * parts_per_text + first % V // PART).to(tl.int64)
                 total = tl.zeros((BLOCK_D,), tl.float32)
                 for part in range(0, parts):
-                    total += tl.load(partials_ptr + (slot + part) * D + offs_d, mask=offs_d < D, other=0.0)
+                    total += tl.load(partials_ptr + (number + part) * D + offs_d, mask=offs_d < D, other=0.0)
                 store_columns(grad_hidden_ptr + row * D, total, D, BLOCK_D)
 
 
 def _sort(
-    grad: Tensor, factor: Tensor, positions: Tensor, cu_seqlens: Tensor, first: int, texts: int, tokens: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Orders the active words of ``texts`` texts from ``first`` on by row.
+    grad: Tensor, factor: Tensor, positions: Tensor, cu_seqlens: Tensor, first: int, last: int, tokens: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Orders the active words of the texts ``first`` .. ``last - 1`` by row.
 
     Returns:
-        The order (texts * V,) and for each of the N rows its first and last place in it and its text, all int32.
+        The order, (texts * V,) entries; the first and last places in it of what is summed apart, int32: parts of long
+        rows, then all N rows; how many parts there is room for.
     """
-    vocab, device = factor.shape[1], factor.device
+    (batch, vocab), device, texts = factor.shape, factor.device, last - first
     chunk_words = configs.chunk_words(vocab, tokens)
-    chunks = triton.cdiv(vocab, chunk_words)
-    order, words = (torch.empty(texts * vocab, dtype=dtype, device=device) for dtype in (torch.int32, torch.int16))
-    counts, table, totals, starts, ends, owners = (
-        torch.empty(size, dtype=torch.int32, device=device)
-        for size in (texts * chunks, chunks * tokens, *4 * (tokens,))
-    )
+    chunks, parts_per_text = triton.cdiv(vocab, chunk_words), triton.cdiv(vocab, configs.PART_ENTRIES)
+    parts = texts * parts_per_text
+    order, words = (torch.empty(texts * vocab, dtype=dtype, device=device) for dtype in (torch.int64, torch.int16))
+    sizes = [texts * chunks, chunks * tokens, tokens, parts + tokens, parts + tokens]
+    counts, table, totals, firsts, lasts = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
     histogram_kernel[(texts, chunks)](
         grad, factor, positions, cu_seqlens, words, counts, table, vocab, tokens, first, chunk_words, chunks,
-        grad.stride(0), BLOCK_V=configs.LEAST_CHUNK_WORDS, BLOCK_E=512, BLOCK_FEW=64,
-        BINS=256 if positions.itemsize == 1 else 512, num_warps=4,
+        grad.stride(0), BLOCK_I=configs.LEAST_CHUNK_WORDS // 64, BLOCK_J=64, BLOCK_E=512, BLOCK_FEW=64,
+        BINS=256 if positions.itemsize == 1 else 512, num_warps=2,
     )  # fmt: skip
-    scan_chunks_kernel[(triton.cdiv(tokens, 32),)](table, totals, tokens, chunks, BLOCK_C=128, BLOCK_R=32, num_warps=4)
-    scan_rows_kernel[(texts,)](totals, starts, ends, owners, cu_seqlens, first, BLOCK_R=512, num_warps=4)
+    scan_chunks_kernel[(triton.cdiv(tokens, 32),)](
+        table, totals, firsts[parts:], lasts[parts:], cu_seqlens, batch, tokens, chunks, last,
+        BLOCK_C=128, BLOCK_R=32, num_warps=4,
+    )  # fmt: skip
+    scan_rows_kernel[(texts,)](
+        totals, firsts, lasts, cu_seqlens, vocab, first, parts_per_text, parts,
+        PART=configs.PART_ENTRIES, BLOCK_R=512, num_warps=4,
+    )  # fmt: skip
     place_kernel[(texts, chunks)](
-        positions, cu_seqlens, words, counts, table, starts, order, vocab, tokens, first, chunk_words, chunks,
-        BLOCK_E=32, num_warps=1,
+        grad, factor, positions, cu_seqlens, words, counts, table, firsts[parts:], order, vocab, tokens, first,
+        chunk_words, chunks, grad.stride(0), BLOCK_E=32, num_warps=1,
     )  # fmt: skip
-    return order, starts, ends, owners
+    return order, firsts, lasts, parts
 
 
 def hidden_gradient(
@@ -318,25 +334,23 @@ def hidden_gradient(
     taken in ranges for which this fits ``configs.WORKSPACE`` bytes. The lists are gone when the partial sums come.
     """
     (batch, vocab), (tokens, dim) = factor.shape, d_hidden.shape
-    part = configs.PART_ENTRIES
-    parts_per_text = triton.cdiv(vocab, part)
-    fits = max(1, configs.WORKSPACE // (4 * vocab + max(2 * vocab, 4 * parts_per_text * dim)))
+    parts_per_text = triton.cdiv(vocab, configs.PART_ENTRIES)
+    fits = max(1, configs.WORKSPACE // (8 * vocab + max(2 * vocab, 4 * parts_per_text * dim)))
     step = triton.cdiv(batch, triton.cdiv(batch, fits))
-    block_d = configs.gradient_columns(dim)
+    block_d = configs.hidden_columns(dim)
     columns = triton.cdiv(dim, block_d)
-    cut = {"D": dim, "PART": part, "BLOCK_D": block_d, "num_warps": 1}
     for first in range(0, batch, step):
-        last = min(first + step, batch)
-        order, starts, ends, owners = _sort(grad, factor, positions, cu_seqlens, first, last - first, tokens)
-        parts = (last - first) * parts_per_text
+        order, firsts, lasts, parts = _sort(
+            grad, factor, positions, cu_seqlens, first, min(first + step, batch), tokens
+        )
         partials = torch.empty(parts, dim, dtype=torch.float32, device=grad.device)
         # Parts first: the longest.
         hidden_grad_kernel[(parts + tokens, columns)](
-            grad, factor, weight, cu_seqlens, starts, ends, owners, order, partials, d_hidden,
-            batch, vocab, tokens, first, last, parts_per_text, parts, grad.stride(0), weight.stride(0),
-            ENTRIES=configs.ENTRIES, BLOCK_S=128, **cut,
+            weight, order, firsts, lasts, partials, d_hidden, parts, weight.stride(0),
+            D=dim, ENTRIES=configs.ENTRIES, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
         long_rows_kernel[(triton.cdiv(tokens, 32), columns)](
-            cu_seqlens, starts, ends, owners, partials, d_hidden, first, last, parts_per_text, BLOCK_R=32, **cut
-        )
-        del order, partials  # before the next range has its own
+            firsts, lasts, partials, d_hidden, vocab, tokens, parts_per_text, parts,
+            D=dim, PART=configs.PART_ENTRIES, BLOCK_R=32, BLOCK_D=block_d, num_warps=1,
+        )  # fmt: skip
+        del order, firsts, lasts, partials  # before the next range has its own

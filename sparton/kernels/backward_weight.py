@@ -31,29 +31,38 @@ def list_texts_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """One program: for BLOCK_V words the rows that won them, text by text, and the gradient by bias."""
-    offs_v = first_v + tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_v = offs_v < last_v
+    begin = tl.program_id(0) * BLOCK_V
+    offs_v = tl.arange(0, BLOCK_V)
+    mask_v = begin + offs_v < last_v - first_v
+    # Offsets within a tile fit 32 bits; where it is does not.
+    first_v = first_v.to(tl.int64) + begin
+    grad_ptr += first_v
+    factor_ptr += first_v
+    positions_ptr += first_v
+    list_ptr += begin.to(tl.int64) * B
+    text = tl.arange(0, BLOCK_B)
+    offs_grad = text[None, :] * stride_gb + offs_v[:, None]
+    offs_out = text[None, :] * V + offs_v[:, None]
     count = tl.zeros((BLOCK_V,), tl.int32)
     total = tl.zeros((BLOCK_V,), tl.float32)
     for first_b in range(0, B, BLOCK_B):
-        offs_b = first_b + tl.arange(0, BLOCK_B)
-        text = offs_b.to(tl.int64)[:, None]
-        mask = (offs_b < B)[:, None] & mask_v[None, :]
-        g, active = load_active(
-            grad_ptr + text * stride_gb + offs_v[None, :], factor_ptr + text * V + offs_v[None, :], mask
-        )
-        total += tl.sum(g, axis=0)
+        mask_b = first_b + text < B
+        g, active = load_active(grad_ptr + offs_grad, factor_ptr + offs_out, mask_v[:, None] & mask_b[None, :])
+        total += tl.sum(g, axis=1)
         if HAS_LIST:
-            row = tl.load(cu_seqlens_ptr + offs_b, mask=offs_b < B, other=0)[:, None]
-            row += tl.load(positions_ptr + text * V + offs_v[None, :], mask=active, other=0)
+            row = tl.load(cu_seqlens_ptr + first_b + text, mask=mask_b, other=0)[None, :]
+            row += tl.load(positions_ptr + offs_out, mask=active, other=0)
             one = active.to(tl.int32)
-            place = count[None, :] + tl.cumsum(one, axis=0) - one
-            tl.store(list_ptr + (offs_v - first_v)[None, :] * B + place, make_entry(g, row), mask=active)
-            count += tl.sum(one, axis=0)
+            place = count[:, None] + tl.cumsum(one, axis=1) - one
+            tl.store(list_ptr + offs_v[:, None] * B + place, make_entry(g, row), mask=active)
+            count += tl.sum(one, axis=1)
+        grad_ptr += BLOCK_B * stride_gb
+        factor_ptr += BLOCK_B * V
+        positions_ptr += BLOCK_B * V
     if HAS_LIST:
-        tl.store(counts_ptr + offs_v - first_v, count, mask=mask_v)
+        tl.store(counts_ptr + begin + offs_v, count, mask=mask_v)
     if HAS_BIAS:
-        tl.store(grad_bias_ptr + offs_v, total.to(grad_bias_ptr.dtype.element_ty), mask=mask_v)
+        tl.store(grad_bias_ptr + first_v + offs_v, total.to(grad_bias_ptr.dtype.element_ty), mask=mask_v)
 
 
 @triton.jit(do_not_specialize=["B", "first_v", "last_v"])
@@ -84,7 +93,7 @@ def weight_grad_kernel(
     for word in range(first, last):
         later_count = tl.load(counts_ptr + word + 2, mask=word + 2 < last, other=0)
         next_entries = load_entries(list_ptr + B, 0, next_count, ENTRIES)
-        total = sum_rows(entries, list_ptr, 0, count, None, None, hidden_ptr, stride_hn, D, ENTRIES, BLOCK_D)
+        total = sum_rows(entries, list_ptr, 0, count, hidden_ptr, stride_hn, D, ENTRIES, BLOCK_D)
         store_columns(grad_weight_ptr + (first_v + word) * D, total, D, BLOCK_D)
         list_ptr += B
         entries = next_entries
@@ -118,7 +127,7 @@ def weight_gradients(
         )  # fmt: skip
         if has_list:
             dim = d_weight.shape[1]
-            block_d = configs.gradient_columns(dim)
+            block_d = configs.weight_columns(dim)
             weight_grad_kernel[(triton.cdiv(last - first, configs.WORDS), triton.cdiv(dim, block_d))](
                 hidden, entries, counts, d_weight, batch, first, last, hidden.stride(0),
                 D=dim, WORDS=configs.WORDS, ENTRIES=configs.ENTRIES, BLOCK_D=block_d, num_warps=1,

@@ -99,9 +99,9 @@ def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int
 
 # Bytes of lists and partial sums that a gradient may take beside its tensors; what needs more is done in ranges. 32 texts of
 # 250,002 words fit, so that the rows of their tokens keep every multiprocessor busy.
-WORKSPACE = 64 * 2**20
+WORKSPACE = 88 * 2**20
 # Rows that a sum loads together; those of the next step are under way meanwhile.
-ENTRIES = 4
+ENTRIES = 2
 # Entries of a part of a long row: a row with twice as many is cut, as the rows of frequent tokens win far more than others.
 PART_ENTRIES = 1024
 # Bytes of the table of words won by (chunk of the vocabulary, row).
@@ -113,9 +113,18 @@ LEAST_CHUNK_WORDS, MOST_CHUNK_WORDS = 2**10, 2**15
 WORDS = 8
 
 
-def gradient_columns(dim: int) -> int:
-    """Columns of a row that one program of a gradient sums: of 128 and 256 what leaves fewer idle, the wider if equal."""
-    return min(256, power_of_two(dim)) if -dim % 256 <= -dim % 128 or dim <= 128 else 128
+def weight_columns(dim: int) -> int:
+    """Columns of a word's gradient that one program sums: all of them if it can, as a word has few entries."""
+    return min(power_of_two(dim), 1024)
+
+
+def hidden_columns(dim: int) -> int:
+    """Columns of a row's gradient that one program sums: of 128 and 256 what leaves fewer idle.
+
+    Programs for other columns come after all rows, so a third of the weight goes round at a time, and what rows that are
+    summed at a time read stays in the L2.
+    """
+    return 256 if dim > 128 and -dim % 256 <= -dim % 128 else 128
 
 
 def chunk_words(vocab: int, tokens: int) -> int:

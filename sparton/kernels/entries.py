@@ -20,7 +20,7 @@ def load_active(grad_ptr, factor_ptr, mask):
 
 @triton.jit
 def make_entry(g, row):
-    """An entry that brings its own weight, int64: the bits of ``g`` above the number of a row."""
+    """An entry of a list, int64: the bits of its weight ``g`` above the number of a row."""
     return (g.to(tl.int32, bitcast=True).to(tl.int64) << 32) | row.to(tl.int64)
 
 
@@ -32,19 +32,13 @@ def load_entries(list_ptr, first, last, ENTRIES: tl.constexpr):
 
 @triton.jit
 def _load_rows(
-    entries, start, last, grad_ptr, factor_ptr, table_ptr, stride,
-    D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
+    entries, start, last, table_ptr, stride, D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Weights (ENTRIES,) of the entries at the places from ``start`` on, 0 past ``last``, and their rows' columns."""
-    inside = start + tl.arange(0, ENTRIES) < last
-    if grad_ptr is None:
-        row = entries & 0xFFFFFFFF
-        g = tl.where(inside, (entries >> 32).to(tl.int32).to(tl.float32, bitcast=True), 0.0)
-    else:
-        row = entries.to(tl.int64)
-        g, _ = load_active(grad_ptr + entries, factor_ptr + entries, inside)
+    g = (entries >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    g = tl.where(start + tl.arange(0, ENTRIES) < last, g, 0.0)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    value_ptr = table_ptr + (row * stride)[:, None] + offs_d[None, :]
+    value_ptr = table_ptr + ((entries & 0xFFFFFFFF) * stride)[:, None] + offs_d[None, :]
     # One mask for all: what is past the end repeats a row that is there, so nothing else has to be left out.
     if D % BLOCK_D == 0:
         return g, tl.load(value_ptr, mask=start < last)
@@ -54,22 +48,18 @@ def _load_rows(
 
 @triton.jit
 def sum_rows(
-    entries, list_ptr, first, last, grad_ptr, factor_ptr, table_ptr, stride,
-    D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
+    entries, list_ptr, first, last, table_ptr, stride, D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """``sum g[e] * table[row[e]]`` over the places ``first .. last - 1`` of a list, for the columns of this program.
 
-    ``entries`` are the first of them, as :func:`load_entries` gives them. They bring their weights if ``grad_ptr`` is
-    None; else they are words, and their weights are where these pointers, to the row of a text, say. Rows and weights are
-    loaded one step ahead and entries two, so that all loads of a step are under way at once.
+    ``entries`` are the first of them, as :func:`load_entries` gives them. Rows are loaded one step ahead and entries
+    two, so that all loads of a step are under way at once.
     """
     total = tl.zeros((BLOCK_D,), tl.float32)
-    g, values = _load_rows(entries, first, last, grad_ptr, factor_ptr, table_ptr, stride, D, ENTRIES, BLOCK_D)
+    g, values = _load_rows(entries, first, last, table_ptr, stride, D, ENTRIES, BLOCK_D)
     entries = load_entries(list_ptr, first + ENTRIES, last, ENTRIES)
     for start in range(first, last, ENTRIES):
-        next_g, next_values = _load_rows(
-            entries, start + ENTRIES, last, grad_ptr, factor_ptr, table_ptr, stride, D, ENTRIES, BLOCK_D
-        )
+        next_g, next_values = _load_rows(entries, start + ENTRIES, last, table_ptr, stride, D, ENTRIES, BLOCK_D)
         entries = load_entries(list_ptr, start + 2 * ENTRIES, last, ENTRIES)
         total += tl.sum(g[:, None] * values.to(tl.float32), axis=0)
         g = next_g

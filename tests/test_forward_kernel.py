@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparton
-from sparton.testing import EPSILON, assert_no_worse, compute, make_inputs, truth
+from sparton.testing import EPSILON, assert_no_worse, compute, make_inputs, relative_error, truth
 from tests.test_head_values import DTYPES, NAMES, SHAPES
 
 triton = pytest.importorskip("triton")
@@ -77,6 +77,48 @@ def test_equal_slots_are_the_device_s_choice(lengths, dtype, device):
     expected, _, expected_positions = tiled_forward(*arguments)
     torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
     assert torch.equal(positions[expected > 0].long(), expected_positions[expected > 0].long())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [1, 4, 8, 16, 100, 8192])  # 1, and 4 and 100 in 16 bits: not what bulk copies can load
+def test_any_hidden_size(dim, dtype, device):
+    hidden, cu_seqlens = (t.to(device) for t in rows_and_offsets([20, 3, 40], dim))
+    weight = torch.randint(-2, 3, (37, dim), generator=torch.Generator().manual_seed(1)).float().to(device)
+    arguments = (hidden.to(dtype), weight.to(dtype), None, cu_seqlens, 40, "log1p", dtype, torch.float32)
+    (out, _, positions), (expected, _, expected_positions) = forward.triton_forward(*arguments), tiled_forward(*arguments)
+    torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
+    assert torch.equal(positions[expected > 0].long(), expected_positions[expected > 0].long())
+
+
+@pytest.fixture(params=["fp32_precision", "set_float32_matmul_precision"])
+def tf32(request):
+    """TF32 asked for by either of PyTorch's names for it; as it was afterwards."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    if request.param == "fp32_precision":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_tf32_is_asked_for_as_in_pytorch(tf32):
+    assert forward._precision(torch.float32) == "tf32"
+    assert forward._precision(torch.bfloat16) == "ieee"
+
+
+def test_float32_is_exact_by_default():
+    assert forward._precision(torch.float32) == "ieee"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tf32_errs_as_pytorch_does(tf32):
+    inputs = make_inputs([40, 3, 100], 768, 1000, shift=0, device="cuda")
+    want = truth(inputs)[0]
+    error, naive = (relative_error(compute(inputs, impl, torch.float32)[0], want) for impl in ("triton", "naive"))
+    # 10 bits of the operands instead of 23, here cut off and not rounded: it shows, and not much more than there.
+    assert 1e-5 < error < 4 * naive
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,9 +1,9 @@
 """Tile sizes of the Triton kernels and how the forward's work is laid out: one line per kind of product and shape.
 
-What compiles apart in the forward pass: the kind of product, dtypes and the presence of a bias, which a model settles; a
-tile for at most NARROW_ROWS rows and one for more; the positions' dtype, for texts of up to 256, 32,768 and more rows.
-Nothing else of the batch: lengths, texts, rows, slots and chunks are read at run time. One model so compiles at most six
-forward kernels, and one that copies rows.
+What compiles apart in the forward pass: the kind of product, dtypes and the presence of a bias, which a model settles;
+a tile for at most NARROW_ROWS rows and one for more; the positions' dtype, for texts of up to 256, 32,768 and more
+rows. Nothing else of the batch: lengths, texts, rows, slots and chunks are read at run time. So one model compiles at
+most six forward kernels, and one that copies rows.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class ForwardPlan:
 
     Attributes:
         tile: its ``block_d`` is no wider than D needs.
-        equal: rows of every slot, a power of two, if the device counts ``equal_from`` real tokens or more; otherwise, and
-            with 0, a slot has the rows that its text needs.
+        equal: rows of every slot, a power of two, if the device counts ``equal_from`` real tokens or more; otherwise,
+            and with 0, a slot has the rows that its text needs.
         rows: upper bound of the slots' rows, from shapes.
         chunk: texts that a program goes through for one tile of words.
     """
@@ -57,35 +57,41 @@ CHUNK_ROWS = 16384
 # Rows of a slot come in multiples of this: two of the eight rows that a tensor core takes at a time. Groups of 256 for
 # full texts were 1% faster at most (kernels_first_run.csv, "32x512 V250k g16").
 GROUP = 16
-# With equal slots a tile's texts are written at once: 613 against 573 TFLOP/s at 64 x 128, V = 250,002, 609 against 470 at
-# 512 x 32, V = 30,522 (kernels_first_run.csv, "g16"). It pays where at most a quarter is added by repeated rows (not
-# measured), and always up to these rows (not measured).
+# With equal slots a tile's texts are written at once: 613 against 573 TFLOP/s at 64 x 128, V = 250,002, 609 against 470
+# at 512 x 32, V = 30,522 (kernels_first_run.csv, "g16"). It pays where at most a quarter is added by repeated rows, and
+# always up to 32 rows (neither limit was measured).
 EQUAL_ADDS, EQUAL_ALWAYS = 1.25, 32
 # Rows up to which the narrow tile serves: one query. The wide one would multiply eight times as much as is there.
 NARROW_ROWS = 32
-# By kind of product, the narrow and the wide tile. "16 bits, bulk copies" is for cards with 227 KB of shared memory for a
-# program (sm_90, sm_100); the others fit in 99 KB (sm_86, sm_89, sm_120) and so in all cards from sm_80 on. KB are those
-# of the compiled kernel. Float32 sums have fewer registers to spare; without bulk copies, addresses take them.
+# By kind of product, the narrow and the wide tile. "16 bits, bulk copies" is for cards with 227 KB of shared memory for
+# a program (sm_90; sm_100 not measured), the others for all cards from sm_80 on: they fit in the 99 KB of sm_86, sm_89
+# and sm_120. KB are the compiled kernel's there and, where it differs, on sm_90.
 TILES = {
     "16 bits, bulk copies": (
-        # 61 KB. Reads the weight once and is bound by that: three programs keep 96 KB of it on the way. Not measured; one
-        # program took 0.133 ms for 1 x 32 rows, V = 250,002 (kernels_first_run.csv, "1x32 V250k").
+        # 61 KB. Bound by reading the weight, of which three programs keep 96 KB on the way. Not measured; one program
+        # took 0.133 ms for 1 x 32 rows, V = 250,002 (kernels_first_run.csv, "1x32 V250k").
         Tile(block_v=128, block_s=NARROW_ROWS, block_d=64, num_warps=4, num_stages=3, per_sm=3),
-        # 148 KB. 599 TFLOP/s at 32 x 512, V = 250,002, and no faster with 4 stages (kernels_first_run.csv, "plain Triton").
-        # On Hopper the Gluon kernel's own tile has the same words and rows.
+        # 148 KB. 599 TFLOP/s at 32 x 512, V = 250,002, 597 with 4 stages (kernels_first_run.csv, "plain Triton"). The
+        # Gluon kernel of Hopper takes its place there, with words and rows of the same number.
         Tile(block_v=128, block_s=256, block_d=64, num_warps=8, num_stages=3),
     ),
     "16 bits": (
-        Tile(block_v=128, block_s=NARROW_ROWS, block_d=64, num_warps=4, num_stages=3, per_sm=2),  # 41 KB, 61 on sm_90; not measured
-        Tile(block_v=128, block_s=128, block_d=64, num_warps=8, num_stages=3),  # 96 KB, 98 on sm_90; not measured
+        # Not measured. 41 KB, 61 on sm_90.
+        Tile(block_v=128, block_s=NARROW_ROWS, block_d=64, num_warps=4, num_stages=3, per_sm=2),
+        # Not measured. 96 KB, 98 on sm_90.
+        Tile(block_v=128, block_s=128, block_d=64, num_warps=8, num_stages=3),
     ),
     "tf32": (
-        Tile(block_v=128, block_s=NARROW_ROWS, block_d=32, num_warps=4, num_stages=3, per_sm=2),  # 41 KB, 61 on sm_90; not measured
-        Tile(block_v=128, block_s=128, block_d=32, num_warps=8, num_stages=3),  # 80 KB, 100 on sm_90; not measured
+        # Not measured. 41 KB, 61 on sm_90.
+        Tile(block_v=128, block_s=NARROW_ROWS, block_d=32, num_warps=4, num_stages=3, per_sm=2),
+        # Not measured. 80 KB, 100 on sm_90.
+        Tile(block_v=128, block_s=128, block_d=32, num_warps=8, num_stages=3),
     ),
     "fp32": (
-        Tile(block_v=64, block_s=NARROW_ROWS, block_d=32, num_warps=4, num_stages=2, per_sm=2),  # 16 KB, not measured
-        Tile(block_v=64, block_s=64, block_d=32, num_warps=8, num_stages=2),  # 33 KB, 17 without bulk copies; not measured
+        # Not measured. 16 KB.
+        Tile(block_v=64, block_s=NARROW_ROWS, block_d=32, num_warps=4, num_stages=2, per_sm=2),
+        # Not measured. 24 KB, 17 without bulk copies.
+        Tile(block_v=64, block_s=64, block_d=32, num_warps=8, num_stages=2),
     ),
 }
 
@@ -130,7 +136,7 @@ def forward_plan(
 
 
 def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int:
-    """Texts in a chunk: of CHUNK_ROWS rows, or fewer where that saves 3% of the programs' time from a wave half empty."""
+    """Texts in a chunk: of CHUNK_ROWS rows, or fewer where a last wave half empty would cost 3% of the time."""
     best, least = step, math.inf
     size = step * max(1, CHUNK_ROWS * batch // (rows * step))
     while size >= step:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sparton.kernels import autotune
 from sparton.kernels.configs import GROUP, ForwardPlan, forward_plan
 from sparton.kernels.slots import make_slots
 from sparton.tiled import factor_dtype, position_dtype
@@ -53,8 +54,8 @@ def _group_maxima(logits, keep, EXACT: tl.constexpr, GROUP: tl.constexpr):
         top, place = tl.max(grouped, axis=2, return_indices=True, return_indices_tie_break_left=True)
         return top, place + (tl.arange(0, GROUPS) * GROUP)[None, :]
     else:
-        # Four lanes share a row of the accumulator, two columns of eight each. What differs between lanes, bits 1 and 2,
-        # comes in when each lane has its maximum: until then the places are constants.
+        # Four lanes share a row of the accumulator, two columns of eight each. What differs between lanes, bits 1
+        # and 2, comes in when each lane has its maximum: until then the places are constants.
         code = (GROUPS * GROUP - 1 - tl.arange(0, GROUPS * GROUP)) & ~6
         word = tl.reshape((bits & keep) | code[None, :], (BLOCK_V, GROUPS, GROUP // 8, 4, 2))
         word = tl.max(tl.max(word, axis=4), axis=2) | (6 - 2 * tl.arange(0, 4))[None, None, :]
@@ -224,8 +225,8 @@ def lsr_forward_kernel(
             top, place = _group_maxima(logits, keep, EXACT, GROUP)
             if equal > 0:
                 _write_equal(
-                    top, place, keep, row, equal, offs_v, mask_v, cu_seqlens_ptr, out_ptr, factor_ptr, positions_ptr, B, V,
-                    EXACT, DOUBLE_LOG, GROUP, BLOCK_S,
+                    top, place, keep, row, equal, offs_v, mask_v, cu_seqlens_ptr, out_ptr, factor_ptr, positions_ptr,
+                    B, V, EXACT, DOUBLE_LOG, GROUP, BLOCK_S,
                 )  # fmt: skip
             else:
                 while text_start < tl.minimum(row + BLOCK_S, stop):
@@ -270,7 +271,10 @@ def triton_forward(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the forward kernel; arguments and results as those of :func:`sparton.tiled.tiled_forward`."""
+    """Launches the forward kernel; arguments and results as those of :func:`sparton.tiled.tiled_forward`.
+
+    With SPARTON_AUTOTUNE=1 the plain kernel's tile is found by timing; results of two tiles differ by their rounding.
+    """
     batch, (vocab, dim) = len(cu_seqlens) - 1, weight.shape
     shape, device = (batch, vocab), hidden.device
     out = torch.empty(shape, dtype=out_dtype, device=device)
@@ -285,14 +289,24 @@ def triton_forward(
         bias = None if bias is None else bias.contiguous()
         bulk, precision = _bulk_copies_reach(weight), _precision(dtype)
         sms = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else 2
-        plan = forward_plan(_kind(dtype, bulk, precision, device), batch, len(hidden), max_seqlen, vocab, dim, sms)
-        rows, starts = make_slots(hidden, cu_seqlens, operand, plan)
-        tensors = (rows, starts, weight, bias, cu_seqlens, out, factor, positions)
+        kind, sizes = _kind(dtype, bulk, precision, device), (batch, len(hidden), max_seqlen, vocab, dim)
+        plan = forward_plan(kind, *sizes, sms)
         hopper = _hopper_kernel()
-        if hopper and plan.tile.block_s == hopper.BLOCK_S and hopper.hopper_forward_supports(weight, dtype):
-            hopper.hopper_forward(*tensors, chunk=plan.chunk, activation=activation)
-        else:
-            _plain_forward(tensors, plan, sms, dtype == torch.float32, bulk, precision, activation)
+        by_hopper = hopper and plan.tile.block_s == hopper.BLOCK_S and hopper.hopper_forward_supports(weight, dtype)
+
+        def run(plan: ForwardPlan) -> None:
+            rows, starts = make_slots(hidden, cu_seqlens, operand, plan)
+            tensors = (rows, starts, weight, bias, cu_seqlens, out, factor, positions)
+            if by_hopper:
+                hopper.hopper_forward(*tensors, chunk=plan.chunk, activation=activation)
+            else:
+                _plain_forward(tensors, plan, sms, dtype == torch.float32, bulk, precision, activation)
+
+        if not by_hopper and autotune.wanted(device):
+            name = autotune.problem(device, kind, dtype, *sizes)
+            tile = autotune.best_tile(name, kind, lambda tile: run(forward_plan(kind, *sizes, sms, tile)))
+            plan = forward_plan(kind, *sizes, sms, tile)
+        run(plan)
     return out, factor, positions
 
 

@@ -62,10 +62,10 @@ def _store_outputs(top, position, length, offs_out, mask, outputs, DOUBLE_LOG: g
 def _group_max(logits, logit_bits, GROUP: gl.constexpr):
     """Maximum of each group of columns within a thread: (M, 256) logits to (M, groups, 4 lanes) coded words.
 
-    A coded word is the bits of a logit whose low 8 are 255 - column, compared as an integer: that orders positive logits
-    and, among equal ones, the lowest column first, keeps an infinity or a NaN on top, and misorders negative ones,
-    which are inactive in any order. A thread of a wgmma accumulator holds the columns 8 j + 2 lane + {0, 1}: the bits
-    of the lane are left to `_lane_max`, then the code of a register is a constant, and an element costs one logic
+    A coded word is the bits of a logit whose low 8 are 255 - column, compared as an integer: that orders positive
+    logits and, among equal ones, the lowest column first, keeps an infinity or a NaN on top, and misorders negative
+    ones, which are inactive in any order. A thread of a wgmma accumulator holds the columns 8 j + 2 lane + {0, 1}: the
+    bits of the lane are left to `_lane_max`, then the code of a register is a constant, and an element costs one logic
     instruction and one maximum.
     """
     M: gl.constexpr = logits.shape[0]

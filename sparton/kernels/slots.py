@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparton.kernels.configs import GROUP, ForwardPlan
 
-# Texts whose slots a program adds up at a time: one number for every batch, so that one compiled kernel serves them all.
+# Texts whose slots a program adds up at a time: one number, so that one compiled kernel serves every batch.
 BLOCK_B = 512
 
 
@@ -21,8 +21,8 @@ class Slots(NamedTuple):
     Attributes:
         rows: (R, D) in the product's dtype; slot rows past a text's length repeat its last row, which can't change a
             maximum. Rows past the last slot are zeros.
-        starts: (B + 2,) int32, first row of each slot, multiples of GROUP, and where the last one ends; then the rows that
-            every slot has if all have the same, a power of two, or 0.
+        starts: (B + 2,) int32, first row of each slot, multiples of GROUP, and where the last one ends; then the rows
+            that every slot has if all were made equal, a power of two, or 0.
     """
 
     rows: Tensor
@@ -45,7 +45,7 @@ def slots_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: GROUP rows of one slot. Each finds its text by summing the slots before it; the first writes them."""
+    """One program: GROUP rows of a slot. Each finds its text by summing the slots before it; the first writes them."""
     first = tl.program_id(0) * GROUP
     equal = tl.where(tl.load(cu_seqlens_ptr + B) >= EQUAL_FROM, EQUAL, 0)
     unit = tl.maximum(equal, GROUP)

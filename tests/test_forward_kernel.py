@@ -201,7 +201,8 @@ def test_an_overflow_of_a_real_row_reaches_the_output(dtype, overflow, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [72, 768])
 @pytest.mark.parametrize(
-    "lengths", [[512] * 3, [300, 0, 1, 77, 513], [30] * 40, [128] * 5, [9, 31] * 90, [700], [20], [64] * 9, [16] * 50]
+    "lengths",
+    [[512] * 3, [300, 0, 1, 77, 513], [30] * 40, [128] * 5, [9, 31] * 90, [700], [20], [64] * 9, [16] * 50, [256] * 3],
 )
 def test_tiles_of_full_size(lengths, dim, dtype, hopper, monkeypatch):
     monkeypatch.setenv("SPARTON_HOPPER", hopper)

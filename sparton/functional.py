@@ -56,9 +56,11 @@ def lsr_head(
     Args:
         hidden: padded (B, S, D), or packed (N, D) with ``cu_seqlens``; fp32, bf16, fp16 (naive, tiled: float64).
         weight: (V, D), may have another dtype than hidden: the product runs in autocast's dtype or else hidden's, its
-            sums in float32, and the gradient comes in weight's own dtype.
+            sums in float32, and the gradient comes in weight's own dtype. Products of float32 run in TF32 on CUDA where
+            ``torch.set_float32_matmul_precision`` or ``torch.backends.cuda.matmul.fp32_precision`` allows it.
         bias: (V,) or None.
-        attention_mask: (B, S) of 0/1 or bool, any pattern; what it masks is never read, not even a NaN.
+        attention_mask: (B, S) of 0/1 or bool, any pattern; what it masks is never read, not even a NaN. To leave tokens
+            such as [CLS] out of the maximum, mask them here as well, or leave their rows out of a packed ``hidden``.
         cu_seqlens: (B + 1,) int32 or int64, ascending from 0: text b owns rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
         max_seqlen: upper bound of the lengths, known on the host; S or N without it.
         activation: "log1p", or "log1p_log1p" (the ``log1p_relu`` of sentence-transformers).

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparton
-from sparton.testing import EPSILON, assert_no_worse, compute, make_inputs, truth
+from sparton.testing import EPSILON, assert_no_worse, compute, make_inputs, relative_error, truth
 from tests.test_head_values import DTYPES, NAMES, SHAPES
 
 triton = pytest.importorskip("triton")
 
 from sparton.kernels import forward  # noqa: E402
-from sparton.kernels.configs import TILES, ForwardPlan, forward_plan  # noqa: E402
+from sparton.kernels.configs import GROUP, TILES, ForwardPlan, Tile, forward_plan  # noqa: E402
 from sparton.kernels.slots import make_slots  # noqa: E402
-from sparton.tiled import tiled_forward  # noqa: E402
+from sparton.tiled import position_dtype, tiled_forward  # noqa: E402
 
 
 def rows_and_offsets(lengths: list[int], dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,13 +30,12 @@ def rows_and_offsets(lengths: list[int], dim: int) -> tuple[torch.Tensor, torch.
 
 
 def small_plan(monkeypatch, **changes) -> None:
-    """Makes the launcher use tiles of 16 words and 16 or 32 rows."""
+    """Makes the launcher use tiles of 16 words and 32 rows."""
 
-    def plan(kind: str, batch: int, tokens: int, max_seqlen: int, vocab: int, dim: int, programs: int) -> ForwardPlan:
-        made = forward_plan("small", batch, tokens, max_seqlen, vocab, dim, programs)
-        return dataclasses.replace(made, **{k: min(v, batch) for k, v in changes.items()}) if not made.short else made
+    def plan(kind: str, *shape: int) -> ForwardPlan:
+        made = forward_plan(kind, *shape, tile=Tile(16, 32, 16, 4, 2))
+        return made if made.equal else dataclasses.replace(made, **{k: min(v, shape[0]) for k, v in changes.items()})
 
-    monkeypatch.setitem(TILES, "small", (16, 32, 16, 4, 2))
     monkeypatch.setattr(forward, "forward_plan", plan)
 
 
@@ -44,8 +43,9 @@ def small_plan(monkeypatch, **changes) -> None:
 @pytest.mark.parametrize(
     ("lengths", "chunk"),
     [
-        ([5, 16, 1, 32, 40], 1), ([5, 16, 1, 32, 40], 2), ([33, 64, 0, 100, 7, 31], 4), ([64, 64, 64], 3), ([64, 64, 64], 1),
-        ([7], 1), ([0], 1), ([0, 0, 70, 0], 4), ([32, 20, 9, 31], 4), ([16] * 9, 4), ([3, 0, 12, 16, 1], 2),
+        ([5, 16, 1, 32, 40], 1), ([5, 16, 1, 32, 40], 2), ([33, 64, 0, 100, 7, 31], 4), ([64, 64, 64], 3),
+        ([64, 64, 64], 1), ([7], 1), ([0], 1), ([0, 0, 70, 0], 4), ([32, 20, 9, 31], 4), ([16] * 9, 4),
+        ([3, 0, 12, 16, 1], 2),
     ],
 )  # fmt: skip
 def test_any_schedule_gives_the_same(lengths, chunk, dtype, device, monkeypatch):
@@ -65,6 +65,66 @@ def test_any_schedule_gives_the_same(lengths, chunk, dtype, device, monkeypatch)
     assert torch.equal(positions[active].long(), expected_positions[active].long())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "lengths", [[64, 64], [64, 6], [10, 14, 0, 3], [128, 127, 120], [250, 200], [25, 32, 3], [60] * 5]
+)
+def test_equal_slots_are_the_device_s_choice(lengths, dtype, device):
+    # As a padded batch would come: the host knows an upper bound of the real rows.
+    bound = len(lengths) * max(lengths)
+    hidden, cu_seqlens = (t.to(device) for t in rows_and_offsets(lengths, 16))
+    hidden = torch.cat([hidden, torch.full((bound, 16), torch.nan, device=device)])[:bound]
+    weight = torch.randint(-2, 3, (37, 16), generator=torch.Generator().manual_seed(1)).float().to(device)
+    arguments = (weight.to(dtype), None, cu_seqlens, max(lengths), "log1p_log1p", dtype, torch.float32)
+    out, _, positions = forward.triton_forward(hidden.to(dtype), *arguments)
+    expected, _, expected_positions = tiled_forward(hidden.to(dtype), *arguments)
+    torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
+    assert torch.equal(positions[expected > 0].long(), expected_positions[expected > 0].long())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [1, 4, 8, 16, 100, 8192])  # 1, and 4 and 100 in 16 bits: not what bulk copies can load
+def test_any_hidden_size(dim, dtype, device):
+    hidden, cu_seqlens = (t.to(device) for t in rows_and_offsets([20, 3, 40], dim))
+    weight = torch.randint(-2, 3, (37, dim), generator=torch.Generator().manual_seed(1)).float().to(device)
+    arguments = (hidden.to(dtype), weight.to(dtype), None, cu_seqlens, 40, "log1p", dtype, torch.float32)
+    out, _, positions = forward.triton_forward(*arguments)
+    expected, _, expected_positions = tiled_forward(*arguments)
+    torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
+    assert torch.equal(positions[expected > 0].long(), expected_positions[expected > 0].long())
+
+
+@pytest.fixture(params=["fp32_precision", "set_float32_matmul_precision"])
+def tf32(request):
+    """TF32 asked for by either of PyTorch's names for it; as it was afterwards."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    if request.param == "fp32_precision":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_tf32_is_asked_for_as_in_pytorch(tf32):
+    assert forward._precision(torch.float32) == "tf32"
+    assert forward._precision(torch.bfloat16) == "ieee"
+
+
+def test_float32_is_exact_by_default():
+    assert forward._precision(torch.float32) == "ieee"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tf32_errs_as_pytorch_does(tf32):
+    inputs = make_inputs([40, 3, 100], 768, 1000, shift=0, device="cuda")
+    want = truth(inputs)[0]
+    error, naive = (relative_error(compute(inputs, impl, torch.float32)[0], want) for impl in ("triton", "naive"))
+    # 10 bits of the operands instead of 23, here cut off and not rounded: it shows, and not much more than there.
+    assert 1e-5 < error < 4 * naive
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 600), min_size=1, max_size=40),
@@ -75,19 +135,39 @@ def test_any_schedule_gives_the_same(lengths, chunk, dtype, device, monkeypatch)
 def test_a_plan_covers_every_row(lengths, kind, vocab, programs):
     longest = max(*lengths, 1)
     plan = forward_plan(kind, len(lengths), sum(lengths), longest, vocab, 768, programs)
-    slots = [max(-(-length // plan.group), 1) * plan.group for length in lengths]
+    group = plan.equal if plan.equal and sum(lengths) >= plan.equal_from else GROUP
+    slots = [max(-(-length // group), 1) * group for length in lengths]
     assert sum(slots) <= plan.rows
-    assert plan.block_s % plan.group == 0 and plan.chunk >= 1
-    if plan.short:
-        assert set(slots) == {plan.group} and plan.chunk % (plan.block_s // plan.group) == 0
+    assert plan.tile.block_s % group == 0 and plan.chunk >= 1
+    if plan.equal:
+        assert max(slots) <= plan.equal and plan.chunk % (plan.tile.block_s // plan.equal) == 0
+        assert group == GROUP or set(slots) == {plan.equal}
+
+
+def test_a_model_compiles_few_forward_kernels():
+    """What is fixed at compile time, over batches and lengths of all sizes: a tile for one query, one for more."""
+    for kind in TILES:
+        plans = {
+            forward_plan(kind, batch, batch * mean, longest, 30_522, 768, 132): position_dtype(longest)
+            for batch in [1, 2, 3, 4, 7, 32, 33, 512, 4096]
+            for longest in [1, 8, 16, 17, 31, 32, 33, 64, 100, 128, 129, 256, 300, 512, 4096, 8192]
+            for mean in {1, longest // 2, longest}
+        }
+        assert {plan.tile for plan in plans} == set(TILES[kind])
+        assert len({(plan.tile, dtype) for plan, dtype in plans.items()}) <= 6
+        assert all(0 <= plan.equal <= plan.tile.block_s for plan in plans)
 
 
 def test_slots_repeat_the_last_row(device):
     lengths = [5, 0, 16, 17]
     hidden, cu_seqlens = (t.to(device) for t in rows_and_offsets(lengths, 40))
-    plan = dataclasses.replace(forward_plan("fused multiply-add", 4, 41, 80, 8, 40, 1), group=16, rows=80, short=False)
-    rows, starts = make_slots(hidden, cu_seqlens, torch.float32, plan)
-    assert starts.tolist() == [0, 16, 32, 48, 80]
+    plan = forward_plan("fp32", 4, 41, 17, 8, 40, 1)
+    # 38 rows; equal slots of 32 rows, asked for from one more on, are not made.
+    rows, starts = make_slots(hidden, cu_seqlens, torch.float32, dataclasses.replace(plan, equal=32, equal_from=39))
+    assert starts.tolist() == [0, 16, 32, 48, 80, 0]
+    equal_rows, equal_starts = make_slots(hidden, cu_seqlens, torch.float32, dataclasses.replace(plan, equal_from=38))
+    assert plan.equal == 32 and equal_starts.tolist() == [0, 32, 64, 96, 128, 32]
+    torch.testing.assert_close(equal_rows[96:], rows[48:80])
     for first, begin, length in zip(starts.tolist(), cu_seqlens.tolist(), lengths, strict=False):
         slot = 32 if length == 17 else 16
         source = begin + torch.arange(slot).clamp_max(length - 1)
@@ -120,7 +200,10 @@ def test_an_overflow_of_a_real_row_reaches_the_output(dtype, overflow, device):
 @pytest.mark.parametrize("hopper", ["1", "0"])  # the Gluon kernel where the card has it, and the plain one
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [72, 768])
-@pytest.mark.parametrize("lengths", [[512] * 3, [300, 0, 1, 77, 513], [30] * 40, [128] * 5, [9, 31] * 90, [700]])
+@pytest.mark.parametrize(
+    "lengths",
+    [[512] * 3, [300, 0, 1, 77, 513], [30] * 40, [128] * 5, [9, 31] * 90, [700], [20], [64] * 9, [16] * 50, [256] * 3],
+)
 def test_tiles_of_full_size(lengths, dim, dtype, hopper, monkeypatch):
     monkeypatch.setenv("SPARTON_HOPPER", hopper)
     hidden, cu_seqlens = (t.cuda() for t in rows_and_offsets(lengths, dim))

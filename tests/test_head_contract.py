@@ -42,6 +42,30 @@ def test_padding_does_not_leak(impl, poison, device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("impl", ALL)
+def test_tokens_are_excluded_by_the_mask_or_by_their_rows(impl, device):
+    hidden, weight, bias = _padded(device)
+    lengths = torch.tensor([7, 4], device=device)
+    place = torch.arange(7, device=device)
+    pooled = (place > 0) & (place < lengths[:, None] - 1)  # without [CLS], [SEP] and the padding
+    grad = torch.randn(2, 21, device=device)
+    leaves = [t.double().requires_grad_() for t in (hidden, weight, bias)]
+    logits = (leaves[0] @ leaves[1].T + leaves[2]).masked_fill(~pooled[..., None], -torch.inf)
+    want = logits.amax(1).relu().log1p()
+    expected = [want.detach(), *torch.autograd.grad(want, leaves, grad.double())]
+
+    got = _run(impl, hidden, weight, bias, pooled.long(), grad)
+    rows, cu_seqlens = hidden[pooled], torch.tensor([0, 5, 7], device=device)
+    leaves = [t.detach().requires_grad_() for t in (rows, weight, bias)]
+    out = sparton.lsr_head(*leaves, cu_seqlens=cu_seqlens, impl=impl)
+    packed = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    assert got[1][~pooled].eq(0).all()
+    packed[1] = torch.zeros_like(hidden).index_put((pooled,), packed[1])
+    for a, b, c in zip(got, packed, expected, strict=True):
+        torch.testing.assert_close(a, c.float())
+        torch.testing.assert_close(b, c.float())
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter computes with numpy
 @pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -1,22 +1,27 @@
-"""Tile sizes of the Triton kernels and how the forward's work is laid out: one line per dtype and shape class."""
+"""Tile sizes of the Triton kernels and how the forward's work is laid out: one line per kind of product and shape.
+
+What compiles apart in the forward pass: the kind of product, dtypes and the presence of a bias, which a model settles;
+a tile for at most NARROW_ROWS rows and one for more; the positions' dtype, for texts of up to 256, 32,768 and more
+rows. Nothing else of the batch: lengths, texts, rows, slots and chunks are read at run time. So one model compiles at
+most six forward kernels, and one that copies rows.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class ForwardPlan:
-    """How the forward product is cut.
+class Tile:
+    """A tile of the forward product, all powers of two.
 
     Attributes:
-        block_v, block_s, block_d: a tile, words by rows by columns of a step.
+        block_v, block_s, block_d: words by rows by columns of a step.
         num_warps, num_stages: warps and depth of the pipeline.
-        group: rows of a slot come in multiples of this.
-        short: every text has one slot of ``group`` rows; a tile's texts are written at once.
-        rows: upper bound of the slots' rows, from shapes.
-        chunk: texts that a program goes through for one tile of words.
+        per_sm: programs of a multiprocessor.
     """
 
     block_v: int
@@ -24,23 +29,70 @@ class ForwardPlan:
     block_d: int
     num_warps: int
     num_stages: int
-    group: int
-    short: bool
+    per_sm: int = 1
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """How the forward product is cut.
+
+    Attributes:
+        tile: its ``block_d`` is no wider than D needs.
+        equal: rows of every slot, a power of two, if the device counts ``equal_from`` real tokens or more; otherwise,
+            and with 0, a slot has the rows that its text needs.
+        rows: upper bound of the slots' rows, from shapes.
+        chunk: texts that a program goes through for one tile of words.
+    """
+
+    tile: Tile
+    equal: int
+    equal_from: int
     rows: int
     chunk: int
 
 
-# Rows that all programs go through before the words start over: what the L2 serves beside the weight.
+# Rows that all programs go through before the words start over: what the L2 serves beside the weight. 4,096 were slower
+# everywhere (kernels_first_run.csv).
 CHUNK_ROWS = 16384
-# Rows of a slot at least: two of the eight rows that a tensor core takes at a time.
-SMALLEST_GROUP = 16
-# Largest tile (words, rows, columns of a step) with its warps and stages, by what multiplies. Fused multiply-adds have
-# fewer registers to spare; without bulk copies, addresses take them.
+# Rows of a slot come in multiples of this: two of the eight rows that a tensor core takes at a time. Groups of 256 for
+# full texts were 1% faster at most (kernels_first_run.csv, "32x512 V250k g16").
+GROUP = 16
+# With equal slots a tile's texts are written at once: 613 against 573 TFLOP/s at 64 x 128, V = 250,002, 609 against 470
+# at 512 x 32, V = 30,522 (kernels_first_run.csv, "g16"). It pays where at most a quarter is added by repeated rows, and
+# always up to 32 rows (neither limit was measured).
+EQUAL_ADDS, EQUAL_ALWAYS = 1.25, 32
+# Rows up to which the narrow tile serves: one query. The wide one would multiply eight times as much as is there.
+NARROW_ROWS = 32
+# By kind of product, the narrow and the wide tile. "16 bits, bulk copies" is for cards with 227 KB of shared memory for
+# a program (sm_90; sm_100 not measured), the others for all cards from sm_80 on: they fit in the 99 KB of sm_86, sm_89
+# and sm_120. KB are the compiled kernel's there and, where it differs, on sm_90.
 TILES = {
-    "tensor cores, bulk copies": (128, 256, 64, 8, 3),
-    "tensor cores": (128, 128, 64, 8, 3),
-    "tf32": (128, 128, 32, 8, 3),
-    "fused multiply-add": (64, 64, 32, 8, 2),
+    "16 bits, bulk copies": (
+        # 61 KB. Bound by reading the weight, of which three programs keep 96 KB on the way. Not measured; one program
+        # took 0.133 ms for 1 x 32 rows, V = 250,002 (kernels_first_run.csv, "1x32 V250k").
+        Tile(block_v=128, block_s=NARROW_ROWS, block_d=64, num_warps=4, num_stages=3, per_sm=3),
+        # 148 KB. 599 TFLOP/s at 32 x 512, V = 250,002, 597 with 4 stages (kernels_first_run.csv, "plain Triton"). The
+        # Gluon kernel of Hopper takes its place there, with words and rows of the same number.
+        Tile(block_v=128, block_s=256, block_d=64, num_warps=8, num_stages=3),
+    ),
+    "16 bits": (
+        # Not measured. 41 KB, 61 on sm_90.
+        Tile(block_v=128, block_s=NARROW_ROWS, block_d=64, num_warps=4, num_stages=3, per_sm=2),
+        # Not measured. 96 KB, 98 on sm_90.
+        Tile(block_v=128, block_s=128, block_d=64, num_warps=8, num_stages=3),
+    ),
+    "tf32": (
+        # Not measured. 41 KB, 61 on sm_90.
+        Tile(block_v=128, block_s=NARROW_ROWS, block_d=32, num_warps=4, num_stages=3, per_sm=2),
+        # Not measured. 80 KB, 100 on sm_90.
+        Tile(block_v=128, block_s=128, block_d=32, num_warps=8, num_stages=3),
+    ),
+    "fp32": (
+        # Not measured. 16 KB.
+        Tile(block_v=64, block_s=NARROW_ROWS, block_d=32, num_warps=4, num_stages=2, per_sm=2),
+        # Not measured. 24 KB, 17 without bulk copies.
+        Tile(block_v=64, block_s=64, block_d=32, num_warps=8, num_stages=2),
+    ),
 }
 
 
@@ -49,43 +101,42 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@functools.lru_cache(maxsize=4096)
 def forward_plan(
-    kind: str, batch: int, tokens: int, max_seqlen: int, vocab: int, dim: int, programs: int
+    kind: str,
+    batch: int,
+    tokens: int,
+    max_seqlen: int,
+    vocab: int,
+    dim: int,
+    sms: int,
+    tile: Tile | None = None,
 ) -> ForwardPlan:
     """Plans the forward product from what the host knows.
 
     Args:
         kind: key of TILES.
         batch: B >= 1; tokens: N, an upper bound; max_seqlen: upper bound of the lengths; vocab: V; dim: D.
-        programs: that run at a time.
+        sms: multiprocessors.
+        tile: instead of the table's.
     """
-    block_v, widest, block_d, num_warps, num_stages = TILES[kind]
-    single = max(power_of_two(max_seqlen), SMALLEST_GROUP)
-    # One slot for each text pays where little of it is repeated rows; up to 32 rows it always does.
-    short = single <= widest and (single <= 32 or batch * single <= 1.25 * tokens)
-    if short:
-        group = single
-    else:
-        # Full texts fill whole tiles; guessed from shapes, and a wrong guess costs time only.
-        full = tokens == batch * max_seqlen and max_seqlen % widest == 0
-        group = widest if full else SMALLEST_GROUP
-    rows = min(tokens + batch * group, batch * math.ceil(max(max_seqlen, 1) / group) * group)
-    block_s = min(widest, power_of_two(rows))
-    return ForwardPlan(
-        block_v=block_v,
-        block_s=block_s,
-        block_d=min(max(power_of_two(dim), 16), block_d),
-        num_warps=num_warps if block_s >= 64 else 4,
-        num_stages=num_stages,
-        group=group,
-        short=short,
-        rows=rows,
-        chunk=_chunk(batch, rows, math.ceil(vocab / block_v), block_s // group if short else 1, programs),
-    )
+    longest = math.ceil(max(max_seqlen, 1) / GROUP) * GROUP
+    equal = power_of_two(longest)
+    rows = batch * equal
+    narrow, wide = TILES[kind]
+    if tile is None:
+        tile = narrow if rows <= narrow.block_s else wide
+    equal_from = 0 if equal <= EQUAL_ALWAYS else math.ceil(rows / EQUAL_ADDS)
+    if equal > tile.block_s or equal_from > tokens:
+        equal, rows = 0, min(tokens + batch * GROUP, batch * longest)
+    tile = dataclasses.replace(tile, block_d=min(max(power_of_two(dim), 16), tile.block_d))
+    step = tile.block_s // equal if equal else 1
+    chunk = _chunk(batch, rows, math.ceil(vocab / tile.block_v), step, sms * tile.per_sm)
+    return ForwardPlan(tile, equal, equal_from, rows, chunk)
 
 
 def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int:
-    """Texts in a chunk: of CHUNK_ROWS rows, or fewer where that saves 3% of the programs' time from a wave half empty."""
+    """Texts in a chunk: of CHUNK_ROWS rows, or fewer where a last wave half empty would cost 3% of the time."""
     best, least = step, math.inf
     size = step * max(1, CHUNK_ROWS * batch // (rows * step))
     while size >= step:

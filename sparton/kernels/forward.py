@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparton.kernels.configs import ForwardPlan, forward_plan
+from sparton.kernels import autotune
+from sparton.kernels.configs import GROUP, ForwardPlan, forward_plan
 from sparton.kernels.slots import make_slots
 from sparton.tiled import factor_dtype, position_dtype
 
@@ -37,7 +38,7 @@ def _load_tile(source, first, d, ROWS, D, BLOCK: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
-def _group_maxima(logits, keep, EXACT: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+def _group_maxima(logits, keep, EXACT: tl.constexpr, GROUP: tl.constexpr):
     """Maximum of each group of rows and its place in the tile, (BLOCK_V, GROUPS) each; not EXACT, both in one word.
 
     Logits are compared as integers, which orders positive ones, keeps an infinity or a NaN on top, and misorders
@@ -46,14 +47,15 @@ def _group_maxima(logits, keep, EXACT: tl.constexpr, GROUPS: tl.constexpr, GROUP
     2^-15 of the logit.
     """
     BLOCK_V: tl.constexpr = logits.shape[0]
+    GROUPS: tl.constexpr = logits.shape[1] // GROUP
     bits = logits.to(tl.int32, bitcast=True)
     if EXACT:
         grouped = tl.reshape(bits, (BLOCK_V, GROUPS, GROUP))
         top, place = tl.max(grouped, axis=2, return_indices=True, return_indices_tie_break_left=True)
         return top, place + (tl.arange(0, GROUPS) * GROUP)[None, :]
     else:
-        # Four lanes share a row of the accumulator, two columns of eight each. What differs between lanes, bits 1 and 2,
-        # comes in when each lane has its maximum: until then the places are constants.
+        # Four lanes share a row of the accumulator, two columns of eight each. What differs between lanes, bits 1
+        # and 2, comes in when each lane has its maximum: until then the places are constants.
         code = (GROUPS * GROUP - 1 - tl.arange(0, GROUPS * GROUP)) & ~6
         word = tl.reshape((bits & keep) | code[None, :], (BLOCK_V, GROUPS, GROUP // 8, 4, 2))
         word = tl.max(tl.max(word, axis=4), axis=2) | (6 - 2 * tl.arange(0, 4))[None, None, :]
@@ -62,9 +64,24 @@ def _group_maxima(logits, keep, EXACT: tl.constexpr, GROUPS: tl.constexpr, GROUP
 
 
 @triton.jit
-def _maximum_between(top, place, first, last, EXACT: tl.constexpr, GROUPS: tl.constexpr):
+def _pair_maxima(top, place, EXACT: tl.constexpr):
+    """Maxima of the groups 0 and 1, 2 and 3, and so on."""
+    PAIRS: tl.constexpr = top.shape[1] // 2
+    top = tl.reshape(top, (top.shape[0], PAIRS, 2))
+    if EXACT:
+        top, right_top = tl.split(top)
+        place, right_place = tl.split(tl.reshape(place, (top.shape[0], PAIRS, 2)))
+        better = right_top > top  # strictly: a tie stays with the lower place
+        return tl.where(better, right_top, top), tl.where(better, right_place, place)
+    else:
+        word = tl.max(top, axis=2)
+        return word, word
+
+
+@triton.jit
+def _maximum_between(top, place, first, last, EXACT: tl.constexpr):
     """Maximum of the groups first .. last - 1: (BLOCK_V,), as those of the groups."""
-    offs_g = tl.arange(0, GROUPS)
+    offs_g = tl.arange(0, top.shape[1])
     inside = (offs_g >= first) & (offs_g < last)
     top = tl.where(inside[None, :], top, -1)
     if EXACT:
@@ -102,6 +119,28 @@ def _write(top, position, length, offs, mask, out_ptr, factor_ptr, positions_ptr
 
 
 @triton.jit
+def _write_equal(
+    top, place, keep, row, slot, offs_v, mask_v, cu_seqlens_ptr, out_ptr, factor_ptr, positions_ptr, B, V,
+    EXACT: tl.constexpr, DOUBLE_LOG: tl.constexpr, GROUP: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """Writes all texts of a tile at once, where each has one slot of ``slot`` rows: GROUP, twice that and so on."""
+    for level in tl.static_range(0, (BLOCK_S // GROUP).bit_length()):
+        if level > 0:
+            top, place = _pair_maxima(top, place, EXACT)
+        if slot == GROUP << level:
+            offs_t = tl.arange(0, top.shape[1])
+            offs_b = row // slot + offs_t
+            mask_b = offs_b < B
+            length = tl.load(cu_seqlens_ptr + offs_b + 1, mask=mask_b, other=0)
+            length = (length - tl.load(cu_seqlens_ptr + offs_b, mask=mask_b, other=0)).to(tl.int32)
+            offs = offs_b.to(tl.int64)[None, :] * V + offs_v[:, None]
+            mask = mask_v[:, None] & mask_b[None, :]
+            logit, position = _split(top, place, keep, EXACT, BLOCK_S)
+            position -= (offs_t * slot)[None, :]
+            _write(logit, position, length[None, :], offs, mask, out_ptr, factor_ptr, positions_ptr, DOUBLE_LOG)
+
+
+@triton.jit
 def _chunk_rows(starts_ptr, chunk_index, chunk, B):
     """First and last row of a chunk of texts."""
     first = tl.load(starts_ptr + tl.minimum(chunk_index * chunk, B))
@@ -130,7 +169,6 @@ def lsr_forward_kernel(
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    SHORT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -140,9 +178,9 @@ def lsr_forward_kernel(
 
     Vocabulary on the M side, rows on the N side: the maximum runs along N. Words count fastest, so that all programs
     go through the same rows and the L2 serves them. One flat loop over the steps of all tiles keeps loads going while a
-    tile is reduced.
+    tile is reduced. Whether all slots have the same size is known on the device only.
     """
-    GROUPS: tl.constexpr = BLOCK_S // GROUP
+    equal = tl.load(starts_ptr + B + 1)
     num_v = tl.cdiv(V, BLOCK_V)
     programs = tl.num_programs(0)
     item = tl.program_id(0)
@@ -158,7 +196,6 @@ def lsr_forward_kernel(
     text_start = row
     best = tl.full((BLOCK_V,), -1, tl.int32)  # bits of the running maximum; negative: inactive
     position = tl.zeros((BLOCK_V,), tl.int32)
-    offs_g = tl.arange(0, GROUPS)
     logits = tl.zeros((BLOCK_V, BLOCK_S), tl.float32)
     d = 0
     # Where the loads are, which run ahead: a count of their own, so that they don't wait for what is reduced.
@@ -185,24 +222,19 @@ def lsr_forward_kernel(
             if HAS_BIAS:
                 # Before the maximum, for the sign: negative logits are inactive whatever their place.
                 logits += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[:, None]
-            top, place = _group_maxima(logits, keep, EXACT, GROUPS, GROUP)
-            if SHORT:
-                offs_b = row // GROUP + offs_g
-                mask_b = offs_b < B
-                length = tl.load(cu_seqlens_ptr + offs_b + 1, mask=mask_b, other=0)
-                length = (length - tl.load(cu_seqlens_ptr + offs_b, mask=mask_b, other=0)).to(tl.int32)
-                offs = offs_b.to(tl.int64)[None, :] * V + offs_v[:, None]
-                mask = mask_v[:, None] & mask_b[None, :]
-                top, place = _split(top, place, keep, EXACT, BLOCK_S)
-                place -= (offs_g * GROUP)[None, :]
-                _write(top, place, length[None, :], offs, mask, out_ptr, factor_ptr, positions_ptr, DOUBLE_LOG)
+            top, place = _group_maxima(logits, keep, EXACT, GROUP)
+            if equal > 0:
+                _write_equal(
+                    top, place, keep, row, equal, offs_v, mask_v, cu_seqlens_ptr, out_ptr, factor_ptr, positions_ptr,
+                    B, V, EXACT, DOUBLE_LOG, GROUP, BLOCK_S,
+                )  # fmt: skip
             else:
                 while text_start < tl.minimum(row + BLOCK_S, stop):
                     slot = tl.load(starts_ptr + text)
                     text_stop = tl.load(starts_ptr + text + 1)
                     first = (text_start - row) // GROUP
                     last = (text_stop - row) // GROUP
-                    part, at = _maximum_between(top, place, first, last, EXACT, GROUPS)
+                    part, at = _maximum_between(top, place, first, last, EXACT)
                     part, at = _split(part, at, keep, EXACT, BLOCK_S)
                     better = part > best  # strictly: a tie stays with the lower position
                     best = tl.where(better, part, best)
@@ -239,7 +271,10 @@ def triton_forward(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the forward kernel; arguments and results as those of :func:`sparton.tiled.tiled_forward`."""
+    """Launches the forward kernel; arguments and results as those of :func:`sparton.tiled.tiled_forward`.
+
+    With SPARTON_AUTOTUNE=1 the plain kernel's tile is found by timing; results of two tiles differ by their rounding.
+    """
     batch, (vocab, dim) = len(cu_seqlens) - 1, weight.shape
     shape, device = (batch, vocab), hidden.device
     out = torch.empty(shape, dtype=out_dtype, device=device)
@@ -253,24 +288,32 @@ def triton_forward(
         weight, cu_seqlens = weight.to(operand).contiguous(), cu_seqlens.contiguous()
         bias = None if bias is None else bias.contiguous()
         bulk, precision = _bulk_copies_reach(weight), _precision(dtype)
-        programs = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else 2
-        plan = forward_plan(_kind(dtype, bulk, precision), batch, len(hidden), max_seqlen, vocab, dim, programs)
-        rows, starts = make_slots(hidden, cu_seqlens, operand, plan)
-        tensors = (rows, starts, weight, bias, cu_seqlens, out, factor, positions)
+        sms = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else 2
+        kind, sizes = _kind(dtype, bulk, precision, device), (batch, len(hidden), max_seqlen, vocab, dim)
+        plan = forward_plan(kind, *sizes, sms)
         hopper = _hopper_kernel()
-        if hopper and plan.block_s == hopper.BLOCK_S and hopper.hopper_forward_supports(weight, dtype):
-            hopper.hopper_forward(
-                *tensors, group=plan.group, short=plan.short, chunk=plan.chunk, activation=activation
-            )
-        else:
-            _plain_forward(tensors, plan, programs, dtype == torch.float32, bulk, precision, activation)
+        by_hopper = hopper and plan.tile.block_s == hopper.BLOCK_S and hopper.hopper_forward_supports(weight, dtype)
+
+        def run(plan: ForwardPlan) -> None:
+            rows, starts = make_slots(hidden, cu_seqlens, operand, plan)
+            tensors = (rows, starts, weight, bias, cu_seqlens, out, factor, positions)
+            if by_hopper:
+                hopper.hopper_forward(*tensors, chunk=plan.chunk, activation=activation)
+            else:
+                _plain_forward(tensors, plan, sms, dtype == torch.float32, bulk, precision, activation)
+
+        if not by_hopper and autotune.wanted(device):
+            name = autotune.problem(device, kind, dtype, *sizes)
+            tile = autotune.best_tile(name, kind, lambda tile: run(forward_plan(kind, *sizes, sms, tile)))
+            plan = forward_plan(kind, *sizes, sms, tile)
+        run(plan)
     return out, factor, positions
 
 
 def _plain_forward(
     tensors: tuple[Tensor | None, ...],
     plan: ForwardPlan,
-    programs: int,
+    sms: int,
     exact: bool,
     bulk: bool,
     precision: str,
@@ -278,27 +321,26 @@ def _plain_forward(
 ) -> None:
     rows, starts, weight, bias, cu_seqlens, *results = tensors
     batch, (vocab, dim) = len(cu_seqlens) - 1, weight.shape
-    chunks = triton.cdiv(batch, plan.chunk)
+    tile, chunks = plan.tile, triton.cdiv(batch, plan.chunk)
     sources = (rows, weight)
     if bulk:
         sources = (
-            TensorDescriptor.from_tensor(rows, [plan.block_s, plan.block_d]),
-            TensorDescriptor.from_tensor(weight, [plan.block_v, plan.block_d]),
+            TensorDescriptor.from_tensor(rows, [tile.block_s, tile.block_d]),
+            TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_d]),
         )
-    lsr_forward_kernel[(min(programs, triton.cdiv(vocab, plan.block_v) * chunks),)](
-        *sources, bias, cu_seqlens, starts, *results, batch, vocab, dim, len(rows), chunks, plan.chunk, -plan.block_s,
+    lsr_forward_kernel[(min(sms * tile.per_sm, triton.cdiv(vocab, tile.block_v) * chunks),)](
+        *sources, bias, cu_seqlens, starts, *results, batch, vocab, dim, len(rows), chunks, plan.chunk, -tile.block_s,
         HAS_BIAS=bias is not None,
         DOUBLE_LOG=activation == "log1p_log1p",
         EXACT=exact,
         PRECISION=precision,
         TMA=bulk,
-        SHORT=plan.short,
-        GROUP=plan.group,
-        BLOCK_V=plan.block_v,
-        BLOCK_S=plan.block_s,
-        BLOCK_D=plan.block_d,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
+        GROUP=GROUP,
+        BLOCK_V=tile.block_v,
+        BLOCK_S=tile.block_s,
+        BLOCK_D=tile.block_d,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
 
 
@@ -326,11 +368,15 @@ def _bulk_copies_reach(weight: Tensor) -> bool:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """What float32 operands are multiplied in, as ``torch.set_float32_matmul_precision`` says."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """What float32 operands are multiplied in, as for PyTorch's own products on this device."""
+    # Not torch.get_float32_matmul_precision(), which raises after this was set: it can be set by either name.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _kind(dtype: torch.dtype, bulk: bool, precision: str) -> str:
+def _kind(dtype: torch.dtype, bulk: bool, precision: str, device: torch.device) -> str:
+    """The key of TILES."""
     if dtype == torch.float32:
-        return "tf32" if precision == "tf32" else "fused multiply-add"
-    return "tensor cores, bulk copies" if bulk else "tensor cores"
+        return "tf32" if precision == "tf32" else "fp32"
+    # Bulk copies came with 227 KB of shared memory for a program; consumer cards of later years have 99 KB again.
+    wide = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return "16 bits, bulk copies" if bulk and wide else "16 bits"

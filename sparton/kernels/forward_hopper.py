@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sparton.kernels.configs import GROUP
+
 BLOCK_V = 128  # two consumers with the M of a wgmma each
 BLOCK_S = 256  # the largest N of a wgmma, the most rows of a TMA box, and what 8 bits can number
 BLOCK_D = 64  # 128 bytes: one row of the swizzle
@@ -60,10 +62,10 @@ def _store_outputs(top, position, length, offs_out, mask, outputs, DOUBLE_LOG: g
 def _group_max(logits, logit_bits, GROUP: gl.constexpr):
     """Maximum of each group of columns within a thread: (M, 256) logits to (M, groups, 4 lanes) coded words.
 
-    A coded word is the bits of a logit whose low 8 are 255 - column, compared as an integer: that orders positive logits
-    and, among equal ones, the lowest column first, keeps an infinity or a NaN on top, and misorders negative ones,
-    which are inactive in any order. A thread of a wgmma accumulator holds the columns 8 j + 2 lane + {0, 1}: the bits
-    of the lane are left to `_lane_max`, then the code of a register is a constant, and an element costs one logic
+    A coded word is the bits of a logit whose low 8 are 255 - column, compared as an integer: that orders positive
+    logits and, among equal ones, the lowest column first, keeps an infinity or a NaN on top, and misorders negative
+    ones, which are inactive in any order. A thread of a wgmma accumulator holds the columns 8 j + 2 lane + {0, 1}: the
+    bits of the lane are left to `_lane_max`, then the code of a register is a constant, and an element costs one logic
     instruction and one maximum.
     """
     M: gl.constexpr = logits.shape[0]
@@ -73,6 +75,12 @@ def _group_max(logits, logit_bits, GROUP: gl.constexpr):
     coded = (logits.to(gl.int32, bitcast=True) & logit_bits) | codes[None, :]
     coded = gl.permute(gl.reshape(coded, [M, N // GROUP, GROUP // 8, 4, 2]), [0, 1, 2, 4, 3])
     return gl.max(gl.reshape(coded, [M, N // GROUP, GROUP // 4, 4]), axis=2)
+
+
+@gluon.jit
+def _pair_max(coded):
+    """Maxima of the groups 0 and 1, 2 and 3, and so on: (M, groups, 4 lanes) to half the groups."""
+    return gl.max(gl.reshape(coded, [coded.shape[0], coded.shape[1] // 2, 2, 4]), axis=2)
 
 
 @gluon.jit
@@ -89,21 +97,15 @@ def _decode(coded):
 
 
 @gluon.jit
-def _chunk(item, num_v, B, chunk, starts_ptr, GROUP: gl.constexpr, SHORT: gl.constexpr):
+def _chunk(item, num_v, B, chunk, starts_ptr):
     """First and last (exclusive) text and row of a work item. The vocabulary runs fastest: all SMs share the rows."""
     first_b = (item // num_v) * chunk
     last_b = gl.minimum(first_b + chunk, B)
-    if SHORT:
-        first_row = first_b * GROUP
-        last_row = last_b * GROUP
-    else:
-        first_row = gl.load(starts_ptr + first_b)
-        last_row = gl.load(starts_ptr + last_b)
-    return first_b, last_b, first_row, last_row
+    return first_b, last_b, gl.load(starts_ptr + first_b), gl.load(starts_ptr + last_b)
 
 
 @gluon.jit
-def _produce(ring, sizes, starts_ptr, rows_desc, weight_desc, GROUP: gl.constexpr, SHORT: gl.constexpr):
+def _produce(ring, sizes, starts_ptr, rows_desc, weight_desc):
     """Producer warp: loads the operands of every step of this program into the ring of stages, in order.
 
     Its loops are those of `_consume`. Step n uses stage n % NUM_STAGES for the (n // NUM_STAGES)-th time. A fresh
@@ -118,7 +120,7 @@ def _produce(ring, sizes, starts_ptr, rows_desc, weight_desc, GROUP: gl.constexp
     num_v = gl.cdiv(V, 2 * HALF_V)
     step = 0
     for item in range(gl.program_id(0), num_v * gl.cdiv(B, chunk), gl.num_programs(0)):
-        first_b, last_b, first_row, last_row = _chunk(item, num_v, B, chunk, starts_ptr, GROUP, SHORT)
+        first_b, last_b, first_row, last_row = _chunk(item, num_v, B, chunk, starts_ptr)
         first_v = (item % num_v) * (2 * HALF_V)
         for row in range(first_row, last_row, BLOCK_S):
             for d in range(0, D, BLOCK_D):
@@ -165,10 +167,8 @@ def _multiply(logits, step, ring, D, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _store_short(
-    coded, first_b, last_b, first_v, V, cu_seqlens_ptr, outputs, GROUP: gl.constexpr, DOUBLE_LOG: gl.constexpr
-):
-    """Writes the outputs of a tile whose groups are whole texts; `coded` is (words, texts)."""
+def _store_texts(coded, equal, first_b, last_b, first_v, V, cu_seqlens_ptr, outputs, DOUBLE_LOG: gl.constexpr):
+    """Writes the outputs of a tile whose texts have `equal` rows each; `coded` is (words, texts)."""
     # The four lanes that share a word all hold its maxima. Here every thread gets its own, neighbours in v.
     OUT: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, 2], [0, 1])
     top, column = _decode(gl.convert_layout(coded, OUT))
@@ -179,7 +179,19 @@ def _store_short(
     length = (length - gl.load(cu_seqlens_ptr + offs_b, mask=mask_b, other=0)).to(gl.int32)[None, :]
     offs_out = offs_b.to(gl.int64)[None, :] * V + offs_v
     mask = mask_b[None, :] & (offs_v < V)
-    _store_outputs(top, column & (GROUP - 1), length, offs_out, mask, outputs, DOUBLE_LOG)
+    _store_outputs(top, column & (equal - 1), length, offs_out, mask, outputs, DOUBLE_LOG)
+
+
+@gluon.jit
+def _store_equal(
+    maxima, equal, b, last_b, first_v, V, cu_seqlens_ptr, outputs, GROUP: gl.constexpr, DOUBLE_LOG: gl.constexpr
+):
+    """Takes the maxima of groups on to those of texts with `equal` rows, GROUP times a power of two, and writes."""
+    for level in gl.static_range(maxima.shape[1].bit_length()):
+        if level > 0:
+            maxima = _pair_max(maxima)
+        if equal == GROUP << level:
+            _store_texts(_lane_max(maxima), equal, b, last_b, first_v, V, cu_seqlens_ptr, outputs, DOUBLE_LOG)
 
 
 @gluon.jit
@@ -193,7 +205,6 @@ def _consume(
     logit_bits,
     HALF: gl.constexpr,
     GROUP: gl.constexpr,
-    SHORT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     DOUBLE_LOG: gl.constexpr,
     LEAD: gl.constexpr,
@@ -206,20 +217,20 @@ def _consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_S, 16])
     WORDS: gl.constexpr = gl.SliceLayout(1, MMA)
     num_v = gl.cdiv(V, 2 * HALF_V)
+    equal = gl.load(starts_ptr + B + 1)
     step = 0
     for item in range(gl.program_id(0), num_v * gl.cdiv(B, chunk), gl.num_programs(0)):
-        b, last_b, first_row, last_row = _chunk(item, num_v, B, chunk, starts_ptr, GROUP, SHORT)
+        b, last_b, first_row, last_row = _chunk(item, num_v, B, chunk, starts_ptr)
         first_v = (item % num_v) * (2 * HALF_V) + HALF * HALF_V
         offs_v = first_v + gl.arange(0, HALF_V, layout=WORDS)
         mask_v = offs_v < V
         if HAS_BIAS:
             bias = gl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(gl.float32)
-        if not SHORT:
-            start = first_row
-            end = gl.load(starts_ptr + b + 1)
-            length = (gl.load(cu_seqlens_ptr + b + 1) - gl.load(cu_seqlens_ptr + b)).to(gl.int32)
-            best = gl.full([HALF_V], -1, gl.int32, layout=WORDS)
-            position = gl.zeros([HALF_V], gl.int32, layout=WORDS)
+        start = first_row
+        end = gl.load(starts_ptr + b + 1)
+        length = (gl.load(cu_seqlens_ptr + b + 1) - gl.load(cu_seqlens_ptr + b)).to(gl.int32)
+        best = gl.full([HALF_V], -1, gl.int32, layout=WORDS)
+        position = gl.zeros([HALF_V], gl.int32, layout=WORDS)
         for row in range(first_row, last_row, BLOCK_S):
             if HALF == 1 and LEAD > 0:
                 # A stage of the first round: it can't be loaded anew before this consumer has used it.
@@ -230,9 +241,9 @@ def _consume(
                 # Before the maximum: then the sign of a coded maximum is that of the logit, and equal codes tie.
                 logits += bias[:, None]
             maxima = _group_max(logits, logit_bits, GROUP)
-            if SHORT:
-                _store_short(_lane_max(maxima), b, last_b, first_v, V, cu_seqlens_ptr, outputs, GROUP, DOUBLE_LOG)
-                b += BLOCK_S // GROUP
+            if equal > 0:
+                _store_equal(maxima, equal, b, last_b, first_v, V, cu_seqlens_ptr, outputs, GROUP, DOUBLE_LOG)
+                b += BLOCK_S // equal
             else:
                 GROUPS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, maxima.type.layout))
                 offs_s = row + GROUP * gl.arange(0, BLOCK_S // GROUP, layout=GROUPS)
@@ -277,7 +288,6 @@ def lsr_forward_hopper_kernel(
     chunk,
     logit_bits,
     GROUP: gl.constexpr,
-    SHORT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     DOUBLE_LOG: gl.constexpr,
     NUM_STAGES: gl.constexpr,
@@ -303,10 +313,10 @@ def lsr_forward_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (ring, sizes, outputs, starts_ptr, cu_seqlens_ptr, bias_ptr, logit_bits,
-                        first, GROUP, SHORT, HAS_BIAS, DOUBLE_LOG, LEAD)),
+                        first, GROUP, HAS_BIAS, DOUBLE_LOG, LEAD)),
             (_consume, (ring, sizes, outputs, starts_ptr, cu_seqlens_ptr, bias_ptr, logit_bits,
-                        second, GROUP, SHORT, HAS_BIAS, DOUBLE_LOG, LEAD)),
-            (_produce, (ring, sizes, starts_ptr, rows_desc, weight_desc, GROUP, SHORT)),
+                        second, GROUP, HAS_BIAS, DOUBLE_LOG, LEAD)),
+            (_produce, (ring, sizes, starts_ptr, rows_desc, weight_desc)),
         ],
         [4, 1],
         [240, 24],  # registers a thread; what is left, 240, is the first consumer's
@@ -340,8 +350,6 @@ def hopper_forward(
     factor: Tensor,  # (B, V)
     positions: Tensor,  # (B, V)
     *,
-    group: int,
-    short: bool,
     chunk: int,
     activation: str,
 ) -> None:
@@ -350,7 +358,8 @@ def hopper_forward(
     Args:
         rows: (R, D), bfloat16 or float16, D a multiple of 8. Text b owns the rows starts[b] .. starts[b + 1]; those
             past its length repeat its last row. 16-byte aligned, as is `weight`.
-        starts: (B + 1,) int32, multiples of `group`; every text has at least one group, with `short` exactly one.
+        starts: (B + 2,) int32, B + 1 multiples of GROUP, every text having at least one group; then the rows that every
+            text has, 16, 32, 64, 128 or 256, or 0 for all kinds.
         weight: (V, D), dtype of `rows`.
         bias: (V,), any float dtype, or None.
         cu_seqlens: (B + 1,) int32 or int64: the true lengths. A text of length 0 gets zeros.
@@ -358,9 +367,7 @@ def hopper_forward(
             bias with the lowest 8 of its 24 significant bits cleared (a relative error below 2^-15).
         factor: (B, V), float16 or float32: d out / d best.
         positions: (B, V), any integer dtype that holds them: the lowest row of the maximum, counted from starts[b].
-        group: rows; 16, 32, 64, 128 or 256 with `short`, otherwise 16 or 256.
-        short: see `starts`.
-        chunk: texts that a program works through before it goes on to other words.
+        chunk: texts that a program works through before it goes on to other words; with equal slots they fill tiles.
         activation: "log1p" or "log1p_log1p".
     """
     batch, (vocab, dim) = len(cu_seqlens) - 1, weight.shape
@@ -381,8 +388,7 @@ def hopper_forward(
         dim,
         chunk,
         LOGIT_BITS,
-        GROUP=group,
-        SHORT=short,
+        GROUP=GROUP,
         HAS_BIAS=bias is not None,
         DOUBLE_LOG=activation == "log1p_log1p",
         NUM_STAGES=NUM_STAGES,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -37,13 +35,14 @@ def lsr_forward(
         the output by the maximal logit, taken before any rounding; ``positions`` (B, V), the maximum's place in its
         sequence, in the smallest integer that fits. The last two and the inputs are all that the backward pass keeps.
     """
+    arguments = (hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype)
     if impl == "triton":
-        from sparton.kernels.forward import triton_forward as forward
-    else:
-        forward = functools.partial(tiled_forward, need_positions=need_positions)
+        from sparton.kernels.forward import triton_forward
+
+        return triton_forward(*arguments)
     # The dtypes are settled; autocast must not settle them again inside.
     with torch.autocast(hidden.device.type, enabled=False):
-        return forward(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype)
+        return tiled_forward(*arguments, need_positions=need_positions)
 
 
 @lsr_forward.register_fake
@@ -81,12 +80,12 @@ def lsr_backward(
         an empty tensor for what is not needed.
     """
     need = (need_hidden, need_weight, need_bias)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if impl == "triton":
-            from sparton.kernels.backward import triton_backward
+    if impl == "triton":
+        from sparton.kernels.backward import triton_backward
 
-            grads = triton_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, need)
-        else:
+        grads = triton_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, need)
+    else:
+        with torch.autocast(hidden.device.type, enabled=False):
             # Not a plain product: an infinite gradient of an inactive entry must stay without effect.
             dtype = sum_dtype(factor.dtype)
             g = torch.where(factor > 0, grad.to(dtype) * factor.to(dtype), 0)

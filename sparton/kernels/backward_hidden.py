@@ -81,7 +81,7 @@ def histogram_kernel(
         tl.store(table_ptr + chunk.to(tl.int64) * R + start + offs_s, won, mask=offs_s < length)
 
 
-@triton.jit(do_not_specialize=["B", "R", "num_chunks", "last_b"])
+@triton.jit(do_not_specialize=["B", "R", "num_chunks", "last_b", "num_parts"])
 def scan_chunks_kernel(
     table_ptr,
     totals_ptr,
@@ -92,6 +92,7 @@ def scan_chunks_kernel(
     R,
     num_chunks,
     last_b,
+    num_parts,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -112,8 +113,8 @@ def scan_chunks_kernel(
         total += tl.sum(won, axis=0)
     tl.store(totals_ptr + offs_r, total, mask=mask_r)
     spare = (offs_r >= tl.load(cu_seqlens_ptr + B)) & (last_b == B)
-    tl.store(firsts_ptr + offs_r, tl.zeros((BLOCK_R,), tl.int32), mask=mask_r)
-    tl.store(lasts_ptr + offs_r, tl.where(spare, 0, -1), mask=mask_r)
+    tl.store(firsts_ptr + num_parts + offs_r, tl.zeros((BLOCK_R,), tl.int32), mask=mask_r)
+    tl.store(lasts_ptr + num_parts + offs_r, tl.where(spare, 0, -1), mask=mask_r)
 
 
 @triton.jit(do_not_specialize=["first_b", "parts_per_text", "num_parts"])
@@ -166,7 +167,7 @@ def scan_rows_kernel(
         before += tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["R", "first_b", "chunk_words", "num_chunks", "stride_gb"])
+@triton.jit(do_not_specialize=["R", "first_b", "chunk_words", "num_chunks", "num_parts", "stride_gb"])
 def place_kernel(
     grad_ptr,
     factor_ptr,
@@ -175,13 +176,14 @@ def place_kernel(
     words_ptr,
     counts_ptr,
     table_ptr,
-    starts_ptr,
+    firsts_ptr,
     order_ptr,
     V,
     R,
     first_b,
     chunk_words,
     num_chunks,
+    num_parts,
     stride_gb,
     BLOCK_E: tl.constexpr,
 ):
@@ -201,7 +203,7 @@ def place_kernel(
     grad_ptr += b * stride_gb + begin
     factor_ptr += b * V + begin
     table_ptr += chunk.to(tl.int64) * R + start
-    starts_ptr += start
+    firsts_ptr += num_parts + start
     offs = tl.arange(0, BLOCK_E)
     # For entry j: 1 for each entry i before it, 2 * BLOCK_E for each after it.
     weight = (offs[:, None] < offs[None, :]).to(tl.int32) + (offs[:, None] > offs[None, :]).to(tl.int32) * (2 * BLOCK_E)
@@ -216,7 +218,7 @@ def place_kernel(
         later_word = tl.load(words_ptr + offs_later, mask=offs_later < n, other=0).to(tl.int32)
         cell = table_ptr + position
         place = tl.load(cell, mask=mask, other=0)
-        row_start = tl.load(starts_ptr + position, mask=mask, other=0)
+        row_start = tl.load(firsts_ptr + position, mask=mask, other=0)
         g, _ = load_active(grad_ptr + word, factor_ptr + word, mask)
         key = tl.where(mask, position, -1 - offs)  # what is masked shares a row with nobody
         same = tl.sum(tl.where(key[:, None] == key[None, :], weight, 0), axis=0)
@@ -303,7 +305,8 @@ def _sort(
     chunks, parts_per_text = triton.cdiv(vocab, chunk_words), triton.cdiv(vocab, configs.PART_ENTRIES)
     parts = texts * parts_per_text
     order, words = (torch.empty(texts * vocab, dtype=dtype, device=device) for dtype in (torch.int64, torch.int16))
-    sizes = [texts * chunks, chunks * tokens, tokens, parts + tokens, parts + tokens]
+    # In multiples of 16 bytes, as the alignment of a pointer is compiled in.
+    sizes = [-(-size // 4) * 4 for size in (texts * chunks, chunks * tokens, tokens, parts + tokens, parts + tokens)]
     counts, table, totals, firsts, lasts = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
     histogram_kernel[(texts, chunks)](
         grad, factor, positions, cu_seqlens, words, counts, table, vocab, tokens, first, chunk_words, chunks,
@@ -311,7 +314,7 @@ def _sort(
         BINS=256 if positions.itemsize == 1 else 512, num_warps=2,
     )  # fmt: skip
     scan_chunks_kernel[(triton.cdiv(tokens, 32),)](
-        table, totals, firsts[parts:], lasts[parts:], cu_seqlens, batch, tokens, chunks, last,
+        table, totals, firsts, lasts, cu_seqlens, batch, tokens, chunks, last, parts,
         BLOCK_C=128, BLOCK_R=32, num_warps=4,
     )  # fmt: skip
     scan_rows_kernel[(texts,)](
@@ -319,8 +322,8 @@ def _sort(
         PART=configs.PART_ENTRIES, BLOCK_R=512, num_warps=4,
     )  # fmt: skip
     place_kernel[(texts, chunks)](
-        grad, factor, positions, cu_seqlens, words, counts, table, firsts[parts:], order, vocab, tokens, first,
-        chunk_words, chunks, grad.stride(0), BLOCK_E=32, num_warps=1,
+        grad, factor, positions, cu_seqlens, words, counts, table, firsts, order, vocab, tokens, first, chunk_words,
+        chunks, parts, grad.stride(0), BLOCK_E=32, num_warps=1,
     )  # fmt: skip
     return order, firsts, lasts, parts
 

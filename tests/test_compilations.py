@@ -19,8 +19,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 LONGEST = (5, 30, 60, 120, 200, 300, 512, 1000, 5000)
 BATCHES = (1, 7, 32, 300)
 FORWARD = ("lsr_forward_kernel", "lsr_forward_hopper_kernel")
-FORWARD_VARIANTS = 10  # of the forward product in one dtype, over all of these
-OTHER_VARIANTS = 4  # of any other kernel: positions and texts have the smallest integer that names them
+FORWARD_VARIANTS = 6  # of the forward product in one dtype, over all of these
+OTHER_VARIANTS = 3  # of any other kernel: positions have the smallest integer that names them
 FIRST_CALL_SECONDS = 15.0  # from the call to the gradients, nothing compiled before
 VOCAB, DIM = 3001, 128
 
@@ -68,7 +68,7 @@ def step(batch: int, longest: int, style: str, dtype: torch.dtype, device: torch
 @pytest.mark.parametrize("longest", LONGEST)
 def test_nothing_compiles_again_within_a_class_of_lengths(longest, device):
     for style in ("full", "ragged"):
-        for batch in (32, 300):  # on either side of 256 texts, up to where a byte names them
+        for batch in (1, 32):  # one query has a tile of its own
             step(batch, longest, style, torch.bfloat16, device)
     before = variants()
     assert set(before) & set(FORWARD) and len(before) > 5, f"kernels that were found: {before}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparton.naive import naive_head
-from sparton.ops import lsr_forward
+from sparton.ops import fused_head
 from sparton.packing import pack
 
 ACTIVATIONS = ("log1p", "log1p_log1p")
@@ -94,7 +94,7 @@ def lsr_head(
         max_seqlen = len(hidden)
     leaves = (hidden, weight) if bias is None else (hidden, weight, bias)
     trains = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    return lsr_forward(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype, impl, trains)[0]
+    return fused_head(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype, impl, trains)
 
 
 def _resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sparton.tiled import factor_dtype, position_dtype, sum_dtype, tiled_backward, tiled_forward
 
 
-@torch.library.custom_op("sparton::lsr_forward", mutates_args=())
-def lsr_forward(
+def _compute_forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -45,6 +45,9 @@ def lsr_forward(
         return tiled_forward(*arguments, need_positions=need_positions)
 
 
+lsr_forward = torch.library.custom_op("sparton::lsr_forward", _compute_forward, mutates_args=())
+
+
 @lsr_forward.register_fake
 def _(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype, impl, need_positions=True):
     shape = (cu_seqlens.shape[0] - 1, weight.shape[0])
@@ -55,8 +58,7 @@ def _(hidden, weight, bias, cu_seqlens, max_seqlen, activation, dtype, out_dtype
     )
 
 
-@torch.library.custom_op("sparton::lsr_backward", mutates_args=())
-def lsr_backward(
+def _compute_backward(
     grad: Tensor,
     factor: Tensor,
     positions: Tensor,
@@ -69,7 +71,7 @@ def lsr_backward(
     need_bias: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of :func:`lsr_forward`, deterministically.
+    """Computes the gradients of the forward pass, deterministically.
 
     Args:
         grad: (B, V), the gradient by ``out``; the others as saved by the forward pass.
@@ -94,6 +96,9 @@ def lsr_backward(
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
 
 
+lsr_backward = torch.library.custom_op("sparton::lsr_backward", _compute_backward, mutates_args=())
+
+
 @lsr_backward.register_fake
 def _(grad, factor, positions, hidden, weight, bias, cu_seqlens, need_hidden, need_weight, need_bias, impl):
     wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
@@ -110,13 +115,41 @@ def _setup_context(ctx, inputs, output):
     ctx.impl = impl
 
 
-def _backward(ctx, grad, _grad_factor, _grad_positions):
+def _gradients(ctx, grad, backward):
     if grad is None:
         return (None,) * 10
     need = [bool(wanted) for wanted in ctx.needs_input_grad[:3]]
     factor, positions, hidden, weight, bias, cu_seqlens = ctx.saved_tensors
-    grads = lsr_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, *need, ctx.impl)
+    grads = backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, *need, ctx.impl)
     return (*(value if wanted else None for value, wanted in zip(grads, need, strict=True)), *(None,) * 7)
 
 
-lsr_forward.register_autograd(_backward, setup_context=_setup_context)
+lsr_forward.register_autograd(
+    lambda ctx, grad, _grad_factor, _grad_positions: _gradients(ctx, grad, lsr_backward), setup_context=_setup_context
+)
+
+
+class _EagerHead(torch.autograd.Function):
+    """The operator pair without the dispatcher, whose Python takes the host as long as the launches do."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        outputs = _compute_forward(*arguments)
+        _setup_context(ctx, arguments, outputs)
+        return outputs[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return _gradients(ctx, grad, _compute_backward)
+
+
+def fused_head(hidden: Tensor, *arguments) -> Tensor:
+    """The output of the operator ``lsr_forward`` for its arguments, with gradients by hidden, weight and bias.
+
+    Compilers, and tensors that stand for others, get the operator; plain tensors its function.
+    """
+    tensors = (hidden, *(value for value in arguments if isinstance(value, Tensor)))
+    if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
+        return lsr_forward(hidden, *arguments)[0]
+    return _EagerHead.apply(hidden, *arguments)

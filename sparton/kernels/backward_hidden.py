@@ -245,19 +245,28 @@ def hidden_grad_kernel(
     stride_wv,
     D: tl.constexpr,
     ENTRIES: tl.constexpr,
+    FEW_ENTRIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_D columns of the sum over one span, a partial sum or the gradient of a row."""
+    """One program: BLOCK_D columns of the sum over one span, a partial sum or the gradient of a row.
+
+    The program for the first columns of a span with few entries does them all.
+    """
     program = tl.program_id(0).to(tl.int64)
     first = tl.load(firsts_ptr + program)
     last = tl.load(lasts_ptr + program)
+    column = tl.program_id(1)
+    columns = column + 1
+    if last - first <= FEW_ENTRIES:
+        columns = tl.where(column == 0, tl.num_programs(1), 0)
     if last >= 0:
         entries = load_entries(order_ptr, first, last, ENTRIES)
-        total = sum_rows(entries, order_ptr, first, last, weight_ptr, stride_wv, D, ENTRIES, BLOCK_D)
-        if program < num_parts:
-            store_columns(partials_ptr + program * D, total, D, BLOCK_D)
-        else:
-            store_columns(grad_hidden_ptr + (program - num_parts) * D, total, D, BLOCK_D)
+        for block in range(column, columns):
+            total = sum_rows(entries, order_ptr, first, last, weight_ptr, stride_wv, block, D, ENTRIES, BLOCK_D)
+            if program < num_parts:
+                store_columns(partials_ptr + program * D, total, block, D, BLOCK_D)
+            else:
+                store_columns(grad_hidden_ptr + (program - num_parts) * D, total, block, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["R", "parts_per_text", "num_parts"])
@@ -288,7 +297,7 @@ def long_rows_kernel(
                 total = tl.zeros((BLOCK_D,), tl.float32)
                 for part in range(0, parts):
                     total += tl.load(partials_ptr + (number + part) * D + offs_d, mask=offs_d < D, other=0.0)
-                store_columns(grad_hidden_ptr + row * D, total, D, BLOCK_D)
+                store_columns(grad_hidden_ptr + row * D, total, tl.program_id(1), D, BLOCK_D)
 
 
 def _sort(
@@ -350,7 +359,7 @@ def hidden_gradient(
         # Parts first: the longest.
         hidden_grad_kernel[(parts + tokens, columns)](
             weight, order, firsts, lasts, partials, d_hidden, parts, weight.stride(0),
-            D=dim, ENTRIES=configs.ENTRIES, BLOCK_D=block_d, num_warps=1,
+            D=dim, ENTRIES=configs.ENTRIES, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
         long_rows_kernel[(triton.cdiv(tokens, 32), columns)](
             firsts, lasts, partials, d_hidden, vocab, tokens, parts_per_text, parts,

@@ -93,8 +93,8 @@ def weight_grad_kernel(
     for word in range(first, last):
         later_count = tl.load(counts_ptr + word + 2, mask=word + 2 < last, other=0)
         next_entries = load_entries(list_ptr + B, 0, next_count, ENTRIES)
-        total = sum_rows(entries, list_ptr, 0, count, hidden_ptr, stride_hn, D, ENTRIES, BLOCK_D)
-        store_columns(grad_weight_ptr + (first_v + word) * D, total, D, BLOCK_D)
+        total = sum_rows(entries, list_ptr, 0, count, hidden_ptr, stride_hn, tl.program_id(1), D, ENTRIES, BLOCK_D)
+        store_columns(grad_weight_ptr + (first_v + word) * D, total, tl.program_id(1), D, BLOCK_D)
         list_ptr += B
         entries = next_entries
         count = next_count

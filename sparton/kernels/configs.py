@@ -153,6 +153,8 @@ def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int
 WORKSPACE = 88 * 2**20
 # Rows that a sum loads together; those of the next step are under way meanwhile.
 ENTRIES = 2
+# Entries up to which one program sums all columns of a row: most rows have none where few words are active.
+FEW_ENTRIES = 4
 # Entries of a part of a long row: a row with twice as many is cut, as the rows of frequent tokens win far more than others.
 PART_ENTRIES = 1024
 # Bytes of the table of words won by (chunk of the vocabulary, row).

@@ -32,12 +32,12 @@ def load_entries(list_ptr, first, last, ENTRIES: tl.constexpr):
 
 @triton.jit
 def _load_rows(
-    entries, start, last, table_ptr, stride, D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr
+    entries, start, last, table_ptr, stride, column, D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Weights (ENTRIES,) of the entries at the places from ``start`` on, 0 past ``last``, and their rows' columns."""
     g = (entries >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     g = tl.where(start + tl.arange(0, ENTRIES) < last, g, 0.0)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     value_ptr = table_ptr + ((entries & 0xFFFFFFFF) * stride)[:, None] + offs_d[None, :]
     # One mask for all: what is past the end repeats a row that is there, so nothing else has to be left out.
     if D % BLOCK_D == 0:
@@ -48,18 +48,21 @@ def _load_rows(
 
 @triton.jit
 def sum_rows(
-    entries, list_ptr, first, last, table_ptr, stride, D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr
+    entries, list_ptr, first, last, table_ptr, stride, column,
+    D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``sum g[e] * table[row[e]]`` over the places ``first .. last - 1`` of a list, for the columns of this program.
+    """``sum g[e] * table[row[e]]`` over the places ``first .. last - 1`` of a list, for one block of columns.
 
     ``entries`` are the first of them, as :func:`load_entries` gives them. Rows are loaded one step ahead and entries
     two, so that all loads of a step are under way at once.
     """
     total = tl.zeros((BLOCK_D,), tl.float32)
-    g, values = _load_rows(entries, first, last, table_ptr, stride, D, ENTRIES, BLOCK_D)
+    g, values = _load_rows(entries, first, last, table_ptr, stride, column, D, ENTRIES, BLOCK_D)
     entries = load_entries(list_ptr, first + ENTRIES, last, ENTRIES)
     for start in range(first, last, ENTRIES):
-        next_g, next_values = _load_rows(entries, start + ENTRIES, last, table_ptr, stride, D, ENTRIES, BLOCK_D)
+        next_g, next_values = _load_rows(
+            entries, start + ENTRIES, last, table_ptr, stride, column, D, ENTRIES, BLOCK_D
+        )
         entries = load_entries(list_ptr, start + 2 * ENTRIES, last, ENTRIES)
         total += tl.sum(g[:, None] * values.to(tl.float32), axis=0)
         g = next_g
@@ -68,7 +71,7 @@ def sum_rows(
 
 
 @triton.jit
-def store_columns(row_ptr, total, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes the columns of this program of one row, in its dtype."""
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+def store_columns(row_ptr, total, column, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes one block of columns of one row, in its dtype."""
+    offs_d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     tl.store(row_ptr + offs_d, total.to(row_ptr.dtype.element_ty), mask=offs_d < D)

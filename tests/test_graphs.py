@@ -109,7 +109,6 @@ def draw_batch(batch: int, query_length: int, doc_length: int, device: torch.dev
     return [tensor.to(device) for tensor in tensors]
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # inductor's advice
 def test_encoder_head_and_loss_compile_to_one_dynamic_graph(device):
     torch._dynamo.reset()
     model = Retriever().to(device)

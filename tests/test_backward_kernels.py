@@ -59,7 +59,7 @@ def check(tensors, bound=1e-6):
 @pytest.fixture
 def small(monkeypatch):
     """Constants so small that a few hundred words make many chunks, parts and ranges."""
-    for name, value in {"LEAST_CHUNK_WORDS": 128, "PART_ENTRIES": 16, "WORDS": 2}.items():
+    for name, value in {"LEAST_CHUNK_WORDS": 256, "PART_ENTRIES": 16, "WORDS": 2}.items():
         monkeypatch.setattr(configs, name, value)
     return monkeypatch
 
@@ -91,10 +91,10 @@ def test_ranges_of_texts_and_words(small, skewed, device):
 
 
 def test_chunks_grow_where_the_table_would_not_fit(small, device):
-    assert configs.chunk_words(500, 10) == 128
+    assert configs.chunk_words(800, 10) == 256
     small.setattr(configs, "TABLE", 4 * 10 * 2)
-    assert configs.chunk_words(500, 10) == 256
-    check(saved([3, 7], 500, 8, device, skewed=0.5))
+    assert configs.chunk_words(800, 10) == 512
+    check(saved([3, 7], 800, 8, device, skewed=0.5))
 
 
 @pytest.mark.parametrize("batch", [33, 257])

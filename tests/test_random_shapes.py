@@ -209,7 +209,7 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("index", range(PROFILES))
 def test_random_batches_on_poisoned_memory(index, device, monkeypatch):
     if not ON_GPU:  # so that the few words of a case are chunks and parts, too
-        monkeypatch.setattr(configs, "LEAST_CHUNK_WORDS", 128)
+        monkeypatch.setattr(configs, "LEAST_CHUNK_WORDS", 256)
         monkeypatch.setattr(configs, "PART_ENTRIES", 16)
     monkeypatch.setenv("SPARTON_HOPPER", "0" if index % 5 == 4 else "1")  # the plain kernel on a Hopper, too
     profile = Profile.draw(index)

@@ -1,4 +1,4 @@
-"""The gradient by hidden: a counting sort of each text's active words by row, then balanced sums."""
+"""The gradient by hidden: a stable counting sort of each text's active words by row, then balanced sums."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from torch import Tensor
 
 from sparton.kernels import configs
 from sparton.kernels.entries import load_active, load_entries, make_entry, store_columns, sum_rows
+
+
+@triton.jit
+def _places(active, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Places of the active ones of (BLOCK_J, BLOCK_I) words, which count down the columns, and how many there are.
+
+    Four columns are counted in one integer, eight bits each: a column has at most 64 words.
+    """
+    shifts = tl.arange(0, 4) * 8
+    one = tl.reshape(active.to(tl.int32), (BLOCK_J, BLOCK_I // 4, 4))
+    packed = tl.sum(one << shifts[None, :][None, :, :], axis=2)
+    before = tl.cumsum(packed, axis=0) - packed
+    before = tl.reshape((before[:, :, None] >> shifts[None, :][None, :, :]) & 255, (BLOCK_J, BLOCK_I))
+    column = tl.reshape((tl.sum(packed, axis=0)[:, None] >> shifts[None, :]) & 255, (BLOCK_I,))
+    return (tl.cumsum(column, axis=0) - column)[None, :] + before, tl.sum(column, axis=0)
 
 
 @triton.jit
@@ -44,8 +59,7 @@ def histogram_kernel(
 ):
     """One program: a chunk of one text's words. Lists the active ones and counts how many each row of the text wins.
 
-    ``words``: places within the chunk, ``counts``: how many, ``table[chunk, row]``: won by that row. Of BLOCK_I * BLOCK_J
-    words those BLOCK_J apart come one after the other, which a thread counts by itself.
+    ``words``: places within the chunk, ascending; ``counts``: how many; ``table[chunk, row]``: won by that row.
     """
     text = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -60,11 +74,9 @@ def histogram_kernel(
     for first in range(0, tl.minimum(chunk_words, V - begin), BLOCK_I * BLOCK_J):
         offs_c = first + tile
         _, active = load_active(grad_ptr + offs_c, factor_ptr + offs_c, begin + offs_c < V)
-        one = active.to(tl.int32)
-        own = tl.sum(one, axis=1)
-        place = n + (tl.cumsum(own, axis=0) - own)[:, None] + tl.cumsum(one, axis=1) - one
-        tl.store(words_ptr + place, offs_c.to(tl.int16), mask=active)
-        n += tl.sum(own, axis=0)
+        place, count = _places(active, BLOCK_I, BLOCK_J)
+        tl.store(words_ptr + n + place, offs_c.to(tl.int16), mask=active)
+        n += count
     tl.store(counts_ptr + text * num_chunks + chunk, n)
     tl.debug_barrier()  # the list is read by other threads than wrote it
 
@@ -132,9 +144,9 @@ def scan_rows_kernel(
 ):
     """One program: the spans of one text in the order: of each part of its long rows, then of each of its rows.
 
-    A span is ``firsts[i] .. lasts[i] - 1``. A row with n >= 2 * PART words is long and has n // PART parts, of PART words
-    each but for the last one, which has the rest too; instead of its end it has the negative number of its parts. Parts
-    thus begin at least PART places apart, at most one between two multiples of PART, whose number is the part's.
+    A span is ``firsts[i] .. lasts[i] - 1``. A row with n >= 2 * PART words is long and has n // PART parts, of PART
+    words each but for the last one, which has the rest too; instead of its end it has the negative number of its parts.
+    Parts thus begin at least PART places apart, at most one between two multiples of PART, whose number is the part's.
     """
     text = tl.program_id(0)
     start = tl.load(cu_seqlens_ptr + first_b + text).to(tl.int64)
@@ -189,8 +201,8 @@ def place_kernel(
 ):
     """One program: writes the active words of one chunk of one text to their places in the order by row.
 
-    Within a row they stay in the order of the lists, so sums have one order, and rows that are summed at a time read
-    neighbouring words. Nobody else touches the program's cells of the table.
+    Within a row words stay ascending, so sums have one order and rows that are summed at a time read neighbouring
+    words. Nobody else touches the program's cells of the table.
     """
     text = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -260,9 +272,9 @@ def hidden_grad_kernel(
     if last - first <= FEW_ENTRIES:
         columns = tl.where(column == 0, tl.num_programs(1), 0)
     if last >= 0:
-        entries = load_entries(order_ptr, first, last, ENTRIES)
+        entries = load_entries(order_ptr, 1, first, last, ENTRIES)
         for block in range(column, columns):
-            total = sum_rows(entries, order_ptr, first, last, weight_ptr, stride_wv, block, D, ENTRIES, BLOCK_D)
+            total = sum_rows(entries, order_ptr, 1, first, last, weight_ptr, stride_wv, block, D, ENTRIES, BLOCK_D)
             if program < num_parts:
                 store_columns(partials_ptr + program * D, total, block, D, BLOCK_D)
             else:

@@ -30,16 +30,21 @@ def list_texts_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program: for BLOCK_V words the rows that won them, text by text, and the gradient by bias."""
+    """One program: for BLOCK_V words the rows that won them, text by text, and the gradient by bias.
+
+    The lists of neighbouring words stand beside each other, the first entries of all, then the second ones, and so on:
+    the threads of a warp write, and those of a multiprocessor read, what lies together.
+    """
     begin = tl.program_id(0) * BLOCK_V
     offs_v = tl.arange(0, BLOCK_V)
-    mask_v = begin + offs_v < last_v - first_v
+    words = last_v - first_v
+    mask_v = begin + offs_v < words
     # Offsets within a tile fit 32 bits; where it is does not.
     first_v = first_v.to(tl.int64) + begin
     grad_ptr += first_v
     factor_ptr += first_v
     positions_ptr += first_v
-    list_ptr += begin.to(tl.int64) * B
+    list_ptr += begin
     text = tl.arange(0, BLOCK_B)
     offs_grad = text[None, :] * stride_gb + offs_v[:, None]
     offs_out = text[None, :] * V + offs_v[:, None]
@@ -54,7 +59,7 @@ def list_texts_kernel(
             row += tl.load(positions_ptr + offs_out, mask=active, other=0)
             one = active.to(tl.int32)
             place = count[:, None] + tl.cumsum(one, axis=1) - one
-            tl.store(list_ptr + offs_v[:, None] * B + place, make_entry(g, row), mask=active)
+            tl.store(list_ptr + place * words + offs_v[:, None], make_entry(g, row), mask=active)
             count += tl.sum(one, axis=1)
         grad_ptr += BLOCK_B * stride_gb
         factor_ptr += BLOCK_B * V
@@ -65,13 +70,12 @@ def list_texts_kernel(
         tl.store(grad_bias_ptr + first_v + offs_v, total.to(grad_bias_ptr.dtype.element_ty), mask=mask_v)
 
 
-@triton.jit(do_not_specialize=["B", "first_v", "last_v"])
+@triton.jit(do_not_specialize=["first_v", "last_v"])
 def weight_grad_kernel(
     hidden_ptr,
     list_ptr,
     counts_ptr,
     grad_weight_ptr,
-    B,
     first_v,
     last_v,
     stride_hn,
@@ -84,18 +88,21 @@ def weight_grad_kernel(
 
     Counts are loaded two words ahead and a word's first entries one word ahead: most words have few.
     """
+    words = last_v - first_v
     first = tl.program_id(0).to(tl.int64) * WORDS
-    last = tl.minimum(first + WORDS, last_v - first_v)
-    list_ptr += first * B
+    last = tl.minimum(first + WORDS, words)
+    list_ptr += first
     count = tl.load(counts_ptr + first)
     next_count = tl.load(counts_ptr + first + 1, mask=first + 1 < last, other=0)
-    entries = load_entries(list_ptr, 0, count, ENTRIES)
+    entries = load_entries(list_ptr, words, 0, count, ENTRIES)
     for word in range(first, last):
         later_count = tl.load(counts_ptr + word + 2, mask=word + 2 < last, other=0)
-        next_entries = load_entries(list_ptr + B, 0, next_count, ENTRIES)
-        total = sum_rows(entries, list_ptr, 0, count, hidden_ptr, stride_hn, tl.program_id(1), D, ENTRIES, BLOCK_D)
+        next_entries = load_entries(list_ptr + 1, words, 0, next_count, ENTRIES)
+        total = sum_rows(
+            entries, list_ptr, words, 0, count, hidden_ptr, stride_hn, tl.program_id(1), D, ENTRIES, BLOCK_D
+        )
         store_columns(grad_weight_ptr + (first_v + word) * D, total, tl.program_id(1), D, BLOCK_D)
-        list_ptr += B
+        list_ptr += 1
         entries = next_entries
         count = next_count
         next_count = later_count
@@ -129,6 +136,6 @@ def weight_gradients(
             dim = d_weight.shape[1]
             block_d = configs.weight_columns(dim)
             weight_grad_kernel[(triton.cdiv(last - first, configs.WORDS), triton.cdiv(dim, block_d))](
-                hidden, entries, counts, d_weight, batch, first, last, hidden.stride(0),
+                hidden, entries, counts, d_weight, first, last, hidden.stride(0),
                 D=dim, WORDS=configs.WORDS, ENTRIES=configs.ENTRIES, BLOCK_D=block_d, num_warps=1,
             )  # fmt: skip

@@ -148,19 +148,20 @@ def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int
     return best
 
 
-# Bytes of lists and partial sums that a gradient may take beside its tensors; what needs more is done in ranges. 32 texts of
-# 250,002 words fit, so that the rows of their tokens keep every multiprocessor busy.
+# Bytes of lists and partial sums that a gradient may take beside its tensors; what needs more is done in ranges. 32
+# texts of 250,002 words fit, so that the rows of their tokens keep every multiprocessor busy.
 WORKSPACE = 88 * 2**20
 # Rows that a sum loads together; those of the next step are under way meanwhile.
 ENTRIES = 2
 # Entries up to which one program sums all columns of a row: most rows have none where few words are active.
 FEW_ENTRIES = 4
-# Entries of a part of a long row: a row with twice as many is cut, as the rows of frequent tokens win far more than others.
+# Entries of a part of a long row: a row with twice as many is cut, as the rows of frequent tokens win far more than
+# others.
 PART_ENTRIES = 1024
 # Bytes of the table of words won by (chunk of the vocabulary, row).
 TABLE = 2**23
-# Words of a chunk of that table at least (many chunks keep many programs busy, and one writes an integer for every row
-# of its text) and at most (16-bit integers say where in the chunk a word stands).
+# Words of a chunk of that table: at least, a multiple of 256 (many chunks keep many programs busy, and one writes an
+# integer for every row of its text), and at most (16-bit integers say where in the chunk a word stands).
 LEAST_CHUNK_WORDS, MOST_CHUNK_WORDS = 2**10, 2**15
 # Words that one program of the gradient by weight goes through: most have few entries or none.
 WORDS = 8
@@ -174,8 +175,8 @@ def weight_columns(dim: int) -> int:
 def hidden_columns(dim: int) -> int:
     """Columns of a row's gradient that one program sums: of 128 and 256 what leaves fewer idle.
 
-    Programs for other columns come after all rows, so a third of the weight goes round at a time, and what rows that are
-    summed at a time read stays in the L2.
+    Programs for other columns come after all rows, so a third of the weight goes round at a time, and what rows that
+    are summed at a time read stays in the L2.
     """
     return 256 if dim > 128 and -dim % 256 <= -dim % 128 else 128
 

@@ -25,9 +25,10 @@ def make_entry(g, row):
 
 
 @triton.jit
-def load_entries(list_ptr, first, last, ENTRIES: tl.constexpr):
+def load_entries(list_ptr, list_stride, first, last, ENTRIES: tl.constexpr):
     """The entries of a list from place ``first`` on; past its end the last one, of an empty list zeros."""
-    return tl.load(list_ptr + tl.minimum(first + tl.arange(0, ENTRIES), last - 1), mask=last > 0, other=0)
+    place = tl.minimum(first + tl.arange(0, ENTRIES), last - 1)
+    return tl.load(list_ptr + place * list_stride, mask=last > 0, other=0)
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def _load_rows(
 
 @triton.jit
 def sum_rows(
-    entries, list_ptr, first, last, table_ptr, stride, column,
+    entries, list_ptr, list_stride, first, last, table_ptr, stride, column,
     D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``sum g[e] * table[row[e]]`` over the places ``first .. last - 1`` of a list, for one block of columns.
@@ -58,12 +59,12 @@ def sum_rows(
     """
     total = tl.zeros((BLOCK_D,), tl.float32)
     g, values = _load_rows(entries, first, last, table_ptr, stride, column, D, ENTRIES, BLOCK_D)
-    entries = load_entries(list_ptr, first + ENTRIES, last, ENTRIES)
+    entries = load_entries(list_ptr, list_stride, first + ENTRIES, last, ENTRIES)
     for start in range(first, last, ENTRIES):
         next_g, next_values = _load_rows(
             entries, start + ENTRIES, last, table_ptr, stride, column, D, ENTRIES, BLOCK_D
         )
-        entries = load_entries(list_ptr, start + 2 * ENTRIES, last, ENTRIES)
+        entries = load_entries(list_ptr, list_stride, start + 2 * ENTRIES, last, ENTRIES)
         total += tl.sum(g[:, None] * values.to(tl.float32), axis=0)
         g = next_g
         values = next_values

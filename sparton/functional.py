@@ -50,8 +50,8 @@ def lsr_head(
         rep = (logits.relu().log1p() * attention_mask[..., None]).max(dim=1).values
 
     SPLADE v2 (Formal et al., arXiv 2109.10086, eq. 2); fused as in Sparton (arXiv 2603.25011). "triton" and "tiled"
-    never store a (B, S, V) tensor: they keep 4 bytes (the factor) and 1, 2 or 4 (the position) for each of the B * V
-    outputs. Their backward pass is deterministic, bit for bit.
+    never store a (B, S, V) tensor: they keep the factor (2 bytes for 16-bit operands, else 4) and the position (1, 2 or
+    4) of each of the B * V outputs. Their backward pass is deterministic, bit for bit.
 
     Args:
         hidden: padded (B, S, D), or packed (N, D) with ``cu_seqlens``; fp32, bf16, fp16 (naive, tiled: float64).

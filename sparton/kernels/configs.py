@@ -68,8 +68,8 @@ NARROW_ROWS = 32
 # and sm_120. KB are the compiled kernel's there and, where it differs, on sm_90.
 TILES = {
     "16 bits, bulk copies": (
-        # 61 KB. Bound by reading the weight, of which three programs keep 96 KB on the way. Not measured; one program
-        # took 0.133 ms for 1 x 32 rows, V = 250,002 (kernels_first_run.csv, "1x32 V250k").
+        # 61 KB. Bound by reading the weight, of which three programs keep 96 KB on the way: 0.110 ms for 1 x 32 rows,
+        # V = 250,002, against 0.136 with one; others are no faster (forward_tuning.csv).
         Tile(block_v=128, block_s=NARROW_ROWS, block_d=64, num_warps=4, num_stages=3, per_sm=3),
         # 148 KB. 599 TFLOP/s at 32 x 512, V = 250,002, 597 with 4 stages (kernels_first_run.csv, "plain Triton"). The
         # Gluon kernel of Hopper takes its place there, with words and rows of the same number.
@@ -151,24 +151,31 @@ def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int
 # Bytes of lists and partial sums that a gradient may take beside its tensors; what needs more is done in ranges. 32
 # texts of 250,002 words fit, so that the rows of their tokens keep every multiprocessor busy.
 WORKSPACE = 88 * 2**20
-# Rows that a sum loads together; those of the next step are under way meanwhile.
+# Rows that a sum loads together; those of the next step are under way meanwhile. With 4, rows that are summed at a time
+# drift apart: 1.01 against 0.81 ms for hidden, 0.186 against 0.144 for the weight at 2% (backward_tuning.csv).
 ENTRIES = 2
-# Entries up to which one program sums all columns of a row: most rows have none where few words are active.
+# Entries up to which one program sums all columns of a row: most rows have none where few words are active. Not
+# measured.
 FEW_ENTRIES = 4
 # Entries of a part of a long row: a row with twice as many is cut, as the rows of frequent tokens win far more than
-# others.
+# others. Not measured against other sizes; with parts skewed positions cost 2.0 ms where they cost 5.4 without
+# (backward_tuning.csv, kernels_first_run.csv).
 PART_ENTRIES = 1024
 # Bytes of the table of words won by (chunk of the vocabulary, row).
 TABLE = 2**23
 # Words of a chunk of that table: at least, a multiple of 256 (many chunks keep many programs busy, and one writes an
 # integer for every row of its text), and at most (16-bit integers say where in the chunk a word stands).
 LEAST_CHUNK_WORDS, MOST_CHUNK_WORDS = 2**10, 2**15
-# Words that one program of the gradient by weight goes through: most have few entries or none.
+# Words that one program of the gradient by weight goes through: most have few entries or none. 4 and 16 take the same
+# time (backward_tuning.csv).
 WORDS = 8
 
 
 def weight_columns(dim: int) -> int:
-    """Columns of a word's gradient that one program sums: all of them if it can, as a word has few entries."""
+    """Columns of a word's gradient that one program sums: all of them if it can, as a word has few entries.
+
+    In thirds: 0.161 against 0.144 ms at 2%, 0.737 against 0.675 at 50% (backward_tuning.csv, D = 768).
+    """
     return min(power_of_two(dim), 1024)
 
 
@@ -176,7 +183,7 @@ def hidden_columns(dim: int) -> int:
     """Columns of a row's gradient that one program sums: of 128 and 256 what leaves fewer idle.
 
     Programs for other columns come after all rows, so a third of the weight goes round at a time, and what rows that
-    are summed at a time read stays in the L2.
+    are summed at a time read stays in the L2: 0.81 ms against 1.17 in one piece (backward_tuning.csv, D = 768).
     """
     return 256 if dim > 128 and -dim % 256 <= -dim % 128 else 128
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -92,6 +96,31 @@ def test_any_hidden_size(dim, dtype, device):
     expected, _, expected_positions = tiled_forward(*arguments)
     torch.testing.assert_close(out, expected, atol=5e-5, rtol=0)
     assert torch.equal(positions[expected > 0].long(), expected_positions[expected > 0].long())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_interpreter_multiplies_bfloat16_of_a_gpu():
+    code = """
+import sparton, torch
+hidden, weight = torch.randn(2, 40, 16).cuda().bfloat16(), torch.randn(21, 16).cuda().bfloat16()
+got, want = (sparton.lsr_head(hidden, weight, impl=impl) for impl in ("triton", "tiled"))
+torch.testing.assert_close(got, want)
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+
+
+def test_amd_s_capabilities_promise_nothing(monkeypatch):
+    """PyTorch calls these cards "cuda", and an MI200 has the capability (9, 0)."""
+    weight = mock.Mock(shape=(32, 64), is_cuda=True, device=torch.device("cuda"))
+    weight.element_size.return_value, weight.data_ptr.return_value = 2, 4096
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    hopper = pytest.importorskip("sparton.kernels.forward_hopper")
+    for version, nvidia in ((None, True), ("6.4", False)):
+        monkeypatch.setattr(torch.version, "hip", version)
+        bulk = forward._bulk_copies_reach(weight)
+        assert (bulk, hopper.hopper_forward_supports(weight, torch.bfloat16)) == (nvidia, nvidia)
+        kind = forward._kind(torch.bfloat16, bulk, "ieee", weight.device)
+        assert kind == ("16 bits, bulk copies" if nvidia else "16 bits")
 
 
 @pytest.fixture(params=["fp32_precision", "set_float32_matmul_precision"])

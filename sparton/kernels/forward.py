@@ -17,12 +17,15 @@ from sparton.kernels.configs import GROUP, ForwardPlan, forward_plan
 from sparton.kernels.slots import make_slots
 from sparton.tiled import factor_dtype, position_dtype
 
+INTERPRETED = triton.knobs.runtime.interpret  # as the kernels below: from their definition on
+
 
 @triton.jit
 def _log1p(z):
     """log(1 + z) for z >= 0 that stays exact where 1 + z loses digits (Goldberg 1991, theorem 4)."""
     u = 1.0 + z
-    return tl.where(u == 1.0, z, tl.log(u) * (z / tl.where(u == 1.0, 1.0, u - 1.0)))
+    plain = (u == 1.0) | (u == float("inf"))
+    return tl.where(plain, z, tl.log(u) * (z / tl.where(plain, 1.0, u - 1.0)))
 
 
 @triton.jit
@@ -42,7 +45,8 @@ def _group_maxima(logits, keep, EXACT: tl.constexpr, GROUP: tl.constexpr):
     """Maximum of each group of rows and its place in the tile, (BLOCK_V, GROUPS) each; not EXACT, both in one word.
 
     Logits are compared as integers, which orders positive ones, keeps an infinity or a NaN on top, and misorders
-    negative ones; those are inactive in any order. Not EXACT, the low bits of a logit give way to the place, counted
+    negative ones; those are inactive in any order. So is a NaN with the sign bit set: NVIDIA's units make none, but
+    x86 does of inf * 0, and so the interpreter. Not EXACT, the low bits of a logit give way to the place, counted
     from the end so that the lowest place wins among equals: one logic and one max instruction an element. It costs
     2^-15 of the logit.
     """
@@ -283,7 +287,7 @@ def triton_forward(
     if batch and vocab:
         on_cuda = device.type == "cuda"
         # The interpreter multiplies the bits of bfloat16 as if they were integers; in float32 the values are the same.
-        operand = torch.float32 if dtype == torch.bfloat16 and not on_cuda else dtype
+        operand = torch.float32 if dtype == torch.bfloat16 and INTERPRETED else dtype
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
         weight, cu_seqlens = weight.to(operand).contiguous(), cu_seqlens.contiguous()
         bias = None if bias is None else bias.contiguous()
@@ -356,15 +360,16 @@ def _hopper_module() -> ModuleType | None:
 
 def _hopper_kernel() -> ModuleType | None:
     """The Gluon kernel unless SPARTON_HOPPER=0 (to compare) or the interpreter forbids it."""
-    compiled = os.environ.get("TRITON_INTERPRET") != "1" and os.environ.get("SPARTON_HOPPER") != "0"
-    return _hopper_module() if compiled else None
+    return None if INTERPRETED or os.environ.get("SPARTON_HOPPER") == "0" else _hopper_module()
 
 
 def _bulk_copies_reach(weight: Tensor) -> bool:
     """Whether bulk tensor copies can load the weight: rows of whole 16 bytes, on a card that has them."""
     if weight.shape[1] * weight.element_size() % 16 or weight.data_ptr() % 16:
         return False
-    return weight.device.type == "cpu" or torch.cuda.get_device_capability(weight.device) >= (9, 0)
+    # PyTorch calls AMD's cards "cuda" as well, and their capability counts something else.
+    nvidia = torch.version.hip is None
+    return weight.device.type == "cpu" or (nvidia and torch.cuda.get_device_capability(weight.device) >= (9, 0))
 
 
 def _precision(dtype: torch.dtype) -> str:

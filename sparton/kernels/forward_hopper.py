@@ -36,7 +36,8 @@ LOGIT_BITS = -BLOCK_S
 def _log1p(z):
     """log(1 + z) for z >= 0 that stays exact where 1 + z loses digits (Goldberg 1991, theorem 4)."""
     u = 1.0 + z
-    return gl.where(u == 1.0, z, gl.log(u) * (z / gl.where(u == 1.0, 1.0, u - 1.0)))
+    plain = (u == 1.0) | (u == float("inf"))
+    return gl.where(plain, z, gl.log(u) * (z / gl.where(plain, 1.0, u - 1.0)))
 
 
 @gluon.jit
@@ -333,6 +334,7 @@ def hopper_forward_supports(weight: Tensor, dtype: torch.dtype) -> bool:
     """
     return (
         weight.is_cuda
+        and torch.version.hip is None  # capabilities of AMD's cards count something else
         and torch.cuda.get_device_capability(weight.device) == (9, 0)
         and dtype in (torch.bfloat16, torch.float16)
         and weight.shape[1] % 8 == 0  # TMA wants strides of whole 16 bytes, and the base at one

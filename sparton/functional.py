@@ -13,6 +13,7 @@ from sparton.ops import fused_head
 from sparton.packing import pack
 
 ACTIVATIONS = ("log1p", "log1p_log1p")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLS = ("auto", "triton", "tiled", "naive")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,30 +60,35 @@ def lsr_head(
             sums in float32, and the gradient comes in weight's own dtype. Products of float32 run in TF32 on CUDA where
             ``torch.set_float32_matmul_precision`` or ``torch.backends.cuda.matmul.fp32_precision`` allows it.
         bias: (V,) or None.
-        attention_mask: (B, S) of 0/1 or bool, any pattern; what it masks is never read, not even a NaN. To leave tokens
-            such as [CLS] out of the maximum, mask them here as well, or leave their rows out of a packed ``hidden``.
+        attention_mask: (B, S) bool or integers, any pattern; every number but 0 keeps its token, and what is masked is
+            never read, not even a NaN. To leave tokens such as [CLS] out of the maximum, mask them here as well, or
+            leave their rows out of a packed ``hidden``.
         cu_seqlens: (B + 1,) int32 or int64, ascending from 0: text b owns rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
-        max_seqlen: upper bound of the lengths, known on the host; S or N without it.
+        max_seqlen: upper bound of the lengths, an int on the host; S or N without it.
         activation: "log1p", or "log1p_log1p" (the ``log1p_relu`` of sentence-transformers).
-        out_dtype: of the result; without it, the dtype that the product runs in.
+        out_dtype: of the result, one of those of hidden; without it, the dtype that the product runs in. More bits than
+            16-bit operands have are not all there: "triton" keeps about 15 of a logit (it is too small by 2^-15 of it
+            at most), and the digits after them depend on the rest of the batch.
         impl: "auto" (triton on CUDA, tiled elsewhere), "triton", "tiled" or "naive".
 
     Returns:
-        (B, V), non-negative. A text without a token gives zeros and gets no gradient. A tie goes to the lowest
-        position.
+        (B, V), non-negative; an infinite logit gives infinity. A text without a token gives zeros and gets no gradient.
+        A tie goes to the lowest position. Differentiable once; "naive" is for second derivatives.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or values outside of these, and for an implementation that
             can't run here. Values of ``cu_seqlens`` are checked on the CPU, on CUDA only with ``SPARTON_CHECK=1``.
     """
-    _check_tensors(hidden, weight, bias)
     _check_layout(hidden, attention_mask, cu_seqlens, max_seqlen)
+    _check_tensors(hidden, weight, bias)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     impl = _resolve(impl, hidden.device, dtype)
     out_dtype = dtype if out_dtype is None else out_dtype
+    if out_dtype not in DTYPES:
+        raise TypeError(f"out_dtype: expected float32, bfloat16, float16, float64 or None, got {out_dtype}")
     if impl == "naive":
         return naive_head(
             hidden, weight, bias, attention_mask, cu_seqlens, max_seqlen, activation, dtype, out_dtype
@@ -115,10 +121,14 @@ def _check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor, got {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {tensor.device}: move it there")
+    if hidden.is_meta:
+        raise ValueError("hidden: expected values, got a tensor on device meta, which has none: move it to a real one")
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden: expected at least one column, got {tuple(hidden.shape)}: check its last dimension")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight: expected (V, D) with D = {hidden.shape[-1]} as in hidden, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != (weight.shape[0],):
@@ -135,12 +145,8 @@ def _check_layout(
             )
         if max_seqlen is not None:
             raise ValueError("max_seqlen goes with cu_seqlens, got it for a padded batch: leave it out")
-        if attention_mask is not None and attention_mask.shape != hidden.shape[:2]:
-            raise ValueError(
-                f"attention_mask: expected {tuple(hidden.shape[:2])} as in hidden, got {tuple(attention_mask.shape)}"
-            )
-        if attention_mask is not None and attention_mask.is_floating_point():
-            raise TypeError(f"attention_mask: expected bool or integers of 0 and 1, got {attention_mask.dtype}")
+        if attention_mask is not None:
+            _check_mask(attention_mask, hidden)
         return
     if attention_mask is not None:
         raise ValueError("attention_mask and cu_seqlens exclude each other, got both: packed rows need no mask")
@@ -152,9 +158,24 @@ def _check_layout(
         )
     if cu_seqlens.device != hidden.device:
         raise ValueError(f"cu_seqlens: expected device {hidden.device} like hidden, got {cu_seqlens.device}")
+    if max_seqlen is not None and (not isinstance(max_seqlen, (int, torch.SymInt)) or max_seqlen < 0):
+        raise ValueError(f"max_seqlen: expected an int >= 0, got {max_seqlen!r}: pass int() of the longest text's rows")
     checked = cu_seqlens.device.type == "cpu" or os.environ.get("SPARTON_CHECK") == "1"
     if checked and not torch.compiler.is_compiling():
         _check_offsets(cu_seqlens.tolist(), hidden.shape[0], max_seqlen)
+
+
+def _check_mask(attention_mask: Tensor, hidden: Tensor) -> None:
+    if attention_mask.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"attention_mask: expected {tuple(hidden.shape[:2])} as in hidden, got {tuple(attention_mask.shape)}"
+        )
+    if attention_mask.is_floating_point():
+        raise TypeError(f"attention_mask: expected bool or integers of 0 and 1, got {attention_mask.dtype}")
+    if attention_mask.device != hidden.device:
+        raise ValueError(
+            f"attention_mask: expected device {hidden.device} like hidden, got {attention_mask.device}: move it there"
+        )
 
 
 def _check_offsets(offsets: list[int], rows: int, max_seqlen: int | None) -> None:

@@ -32,8 +32,9 @@ def naive_head(
         hidden = hidden[rows]
     hidden = hidden.to(dtype)
     if attention_mask is not None:
+        attention_mask = attention_mask.bool()
         # NaN times zero is NaN: what stands in the padding must be gone before the product, and so from dW as well.
-        hidden = hidden.masked_fill(~attention_mask.bool()[..., None], 0)
+        hidden = hidden.masked_fill(~attention_mask[..., None], 0)
     if hidden.shape[1] == 0:  # no text has a token: one masked slot gives each of them its zeros
         hidden, attention_mask = hidden.new_zeros(len(hidden), 1, weight.shape[1]), hidden.new_zeros(len(hidden), 1)
     logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -64,8 +64,8 @@ def encode_sparse(
     Raises:
         ValueError, TypeError: as ``lsr_head``, and for a ``top_k`` below 1 or a ``threshold`` that is not >= 0.
     """
-    _check_tensors(hidden, weight, bias)
     _check_layout(hidden, attention_mask, cu_seqlens, max_seqlen)
+    _check_tensors(hidden, weight, bias)
     _check_choice(top_k, threshold)
     batch = len(hidden) if cu_seqlens is None else len(cu_seqlens) - 1
     step = max(1, BLOCK_ELEMENTS // max(len(weight), 1))

@@ -10,12 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparton
-from sparton.functional import why_not_triton
-from sparton.ops import lsr_backward, lsr_forward
+from sparton.functional import ACTIVATIONS, why_not_triton
+from sparton.ops import _compute_backward, _compute_forward, lsr_backward, lsr_forward
 from sparton.testing import EPSILON, assert_no_worse, compute, make_inputs, truth
 
 OWN = ("tiled", "triton")
 ALL = ("naive", *OWN)
+META = torch.empty(0, device="meta")
 HEADS = (sparton.NaiveHead, sparton.CompiledHead, sparton.TiledHead, sparton.SpartonHead)
 
 
@@ -77,6 +78,18 @@ def test_an_overflow_of_a_real_row_reaches_the_output(impl, dtype, device):
 
 
 @pytest.mark.parametrize("impl", OWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("seqlen", [5, 40, 700])  # the narrow tile, texts that fill a wide one, texts of several
+def test_an_infinite_logit_gives_infinity(impl, dtype, activation, seqlen, device):
+    hidden, weight, bias = (t.to(dtype) for t in _padded(device, seqlen=seqlen))
+    bias[::3], bias[1::3] = torch.inf, -torch.inf
+    naive, out = (sparton.lsr_head(hidden, weight, bias, activation=activation, impl=name) for name in ("naive", impl))
+    assert naive[:, ::3].isinf().all() and torch.isfinite(naive[:, 2::3]).all()
+    torch.testing.assert_close(out, naive)
+
+
+@pytest.mark.parametrize("impl", OWN)
 def test_rows_past_the_last_sequence_are_not_read(impl, device):
     inputs = make_inputs([3, 0, 4], 8, 11, device=device)
     hidden, weight, bias = inputs.leaves(torch.float32)
@@ -87,6 +100,17 @@ def test_rows_past_the_last_sequence_are_not_read(impl, device):
     torch.testing.assert_close(out, want[0].float())
     torch.testing.assert_close(got[0], torch.cat([want[1].float(), torch.zeros(5, 8, device=device)]))
     torch.testing.assert_close(got[1], want[2].float())
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8])
+def test_every_number_but_zero_keeps_a_token(impl, dtype, device):
+    hidden, weight, bias = _padded(device)
+    mask = torch.tensor([[2, 0, 1, 0, 1, 1, 127], [0] * 7], device=device)
+    for a, b in zip(
+        _run(impl, hidden, weight, bias, mask.to(dtype)), _run(impl, hidden, weight, bias, mask > 0), strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("impl", ALL)
@@ -232,9 +256,11 @@ class _Largest(TorchDispatchMode):
 def test_no_tensor_of_the_size_of_the_logits(impl, monkeypatch, device):
     monkeypatch.setattr("sparton.tiled.TILE_ELEMENTS", {"cpu": 512, "cuda": 512})
     hidden, weight, bias = _padded(device, batch=4, seqlen=32, dim=4, vocab=96)
-    with _Largest() as watched:
-        _run(impl, hidden, weight, bias)
-    assert watched.elements < 4 * 32 * 96 / 2
+    rows, cu = hidden.flatten(0, 1), 32 * torch.arange(5, device=device)
+    with _Largest() as watched:  # within the operators, which are all that a mode sees of the head
+        out, *saved = _compute_forward(rows, weight, bias, cu, 32, "log1p", torch.float32, torch.float32, impl)
+        _compute_backward(torch.ones_like(out), *saved, rows, weight, bias, cu, True, True, True, impl)
+    assert 4 * 96 <= watched.elements < 4 * 32 * 96 / 2
     with _Largest() as watched:
         _run("naive", hidden, weight, bias)
     assert watched.elements >= 4 * 32 * 96
@@ -261,20 +287,30 @@ def test_one_state_dict_and_tied_weights(kind, device):
         ({"bias": torch.zeros(2)}, r"bias: expected \(3,\)"),
         ({"attention_mask": torch.ones(2, 2)}, "attention_mask: expected"),
         ({"attention_mask": torch.ones(2, 5)}, "attention_mask: expected bool or integers"),
+        ({"attention_mask": torch.ones(2, 5, device="meta").bool()}, "attention_mask: expected device cpu .* got meta"),
         ({"cu_seqlens": torch.tensor([0, 2])}, r"hidden: expected packed rows \(N, D\)"),
         ({"hidden": torch.zeros(5, 4)}, "together with cu_seqlens"),
         ({"hidden": torch.zeros(5, 4), "cu_seqlens": torch.tensor([0, 9])}, "ascending offsets"),
         ({"hidden": torch.zeros(5, 4), "cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 4}, "upper bound"),
+        ({"hidden": torch.zeros(5, 4), "cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 5.0}, "an int >= 0, got 5.0"),
+        ({"hidden": torch.zeros(5, 4), "cu_seqlens": torch.tensor([0, 5]), "max_seqlen": torch.tensor(5)}, "an int"),
+        ({"hidden": torch.zeros(5, 4), "cu_seqlens": torch.tensor([0]), "max_seqlen": -3}, "an int >= 0, got -3"),
         ({"hidden": torch.zeros(5, 4), "cu_seqlens": torch.tensor([0.0, 5])}, "int32 or int64"),
         ({"hidden": torch.zeros(2, 5, 4, dtype=torch.int32)}, "hidden: expected a float32"),
+        ({"hidden": torch.tensor(1.0)}, r"hidden: expected \(B, S, D\)"),
+        ({"hidden": torch.zeros(2, 5, 0), "weight": torch.zeros(3, 0)}, "hidden: expected at least one column"),
+        ({"hidden": META.new_zeros(2, 5, 4), "weight": META.new_zeros(3, 4), "bias": None}, "hidden: expected values"),
+        ({"out_dtype": torch.int32}, "out_dtype: expected float32"),
+        ({"out_dtype": torch.float8_e4m3fn}, "out_dtype: expected float32"),
         ({"activation": "relu"}, "activation: expected one of"),
         ({"impl": "cuda"}, "impl: expected one of"),
     ],
 )
-def test_errors_name_argument_expected_and_got(change, match):
-    arguments = {"hidden": torch.zeros(2, 5, 4), "weight": torch.zeros(3, 4), "bias": torch.zeros(3)} | change
+@pytest.mark.parametrize("impl", ALL)
+def test_errors_name_argument_expected_and_got(change, match, impl):
+    arguments = {"hidden": torch.zeros(2, 5, 4), "weight": torch.zeros(3, 4), "bias": torch.zeros(3), "impl": impl}
     with pytest.raises((ValueError, TypeError), match=match) as caught:
-        sparton.lsr_head(**arguments)
+        sparton.lsr_head(**arguments | change)
     assert "\n" not in str(caught.value)
 
 

@@ -39,7 +39,9 @@ def _compute_forward(
     if impl == "triton":
         from sparton.kernels.forward import triton_forward
 
-        return triton_forward(*arguments)
+        # Triton launches on the current GPU, whichever its tensors are on.
+        with torch.cuda.device_of(hidden):
+            return triton_forward(*arguments)
     # The dtypes are settled; autocast must not settle them again inside.
     with torch.autocast(hidden.device.type, enabled=False):
         return tiled_forward(*arguments, need_positions=need_positions)
@@ -85,7 +87,8 @@ def _compute_backward(
     if impl == "triton":
         from sparton.kernels.backward import triton_backward
 
-        grads = triton_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, need)
+        with torch.cuda.device_of(hidden):
+            grads = triton_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, need)
     else:
         with torch.autocast(hidden.device.type, enabled=False):
             # Not a plain product: an infinite gradient of an inactive entry must stay without effect.
@@ -105,6 +108,16 @@ def _(grad, factor, positions, hidden, weight, bias, cu_seqlens, need_hidden, ne
     return tuple(
         tensor.new_empty(tensor.shape) if need else hidden.new_empty(0) for tensor, need in wanted
     )
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "lsr_head: expected gradients that nothing differentiates, got a backward pass through them: the heads with "
+        "kernels or tiles have no second derivative, use impl='naive'"
+    )
+
+
+lsr_backward.register_autograd(_no_second_derivative)
 
 
 def _setup_context(ctx, inputs, output):
@@ -139,17 +152,28 @@ class _EagerHead(torch.autograd.Function):
         return outputs[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return _gradients(ctx, grad, _compute_backward)
+        # Gradients are recorded for create_graph=True: the operator says that it has none itself.
+        watched = torch.is_grad_enabled() or _is_watched()
+        return _gradients(ctx, grad, lsr_backward if watched else _compute_backward)
+
+
+# Private to torch: without them the operator is always taken, which is slower and no less right.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def _is_watched() -> bool:
+    """Whether a compiler, a dispatch mode or a functorch transform looks at the operators that run."""
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _transforms_active()
 
 
 def fused_head(hidden: Tensor, *arguments) -> Tensor:
     """The output of the operator ``lsr_forward`` for its arguments, with gradients by hidden, weight and bias.
 
-    Compilers, and tensors that stand for others, get the operator; plain tensors its function.
+    Whoever watches operators, and tensors that stand for others, get the operator; plain tensors its function.
     """
     tensors = (hidden, *(value for value in arguments if isinstance(value, Tensor)))
-    if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
+    if _is_watched() or any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
         return lsr_forward(hidden, *arguments)[0]
     return _EagerHead.apply(hidden, *arguments)

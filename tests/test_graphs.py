@@ -1,11 +1,20 @@
-"""The Triton head inside of larger graphs: CUDA graphs that are replayed, modules under torch.compile."""
+"""The head inside of larger graphs: CUDA graphs, compiled modules, tracers, checkpoints, ranks, several GPUs."""
 
 from __future__ import annotations
 
+import functools
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import sparton
 from sparton.losses import FLOPS, InfoNCE
@@ -127,3 +136,129 @@ def test_encoder_head_and_loss_compile_to_one_dynamic_graph(device):
         counts.append(counter.frame_count)
     torch._dynamo.reset()
     assert counts == [1, 2, 2, 2], "graphs compiled: one, and one more whatever the sizes"
+
+
+@pytest.fixture
+def leaves(device) -> list[Tensor]:
+    """hidden (2, 5, 16), weight (21, 16) and bias (21,) that require gradients."""
+    return [torch.randn(*shape, device=device).requires_grad_() for shape in ((2, 5, 16), (21, 16), (21,))]
+
+
+@pytest.mark.parametrize("impl", ["tiled", "triton"])
+def test_a_second_derivative_is_refused(impl, leaves):
+    out = sparton.lsr_head(*leaves, impl=impl).sum()
+    (gradient,) = torch.autograd.grad(out, leaves[1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative, use impl='naive'"):
+        (out + gradient.square().sum()).backward()
+    hidden, weight, bias = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    torch.autograd.gradgradcheck(lambda h: sparton.lsr_head(h, weight, bias, impl="naive"), hidden)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "triton"])
+def test_a_traced_graph_has_the_operators(impl, leaves):
+    def gradients(*tensors):
+        return torch.autograd.grad(sparton.lsr_head(*tensors, impl=impl).sum(), tensors)
+
+    graph = make_fx(gradients)(*leaves)
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert names.count("sparton.lsr_forward.default") == names.count("sparton.lsr_backward.default") == 1
+    with torch.no_grad():
+        others = [leaf + 0.1 for leaf in leaves]
+    for got, want in zip(graph(*others), gradients(*(t.requires_grad_() for t in others)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of Dynamo
+@pytest.mark.parametrize("impl", ["tiled", "triton"])
+def test_compiled_autograd_captures_the_backward_pass(impl, leaves):
+    expected = torch.autograd.grad(sparton.lsr_head(*leaves, impl=impl).sum(), leaves)
+    torch._dynamo.reset()
+    with compiled_autograd._enable(functools.partial(torch.compile, backend="eager", fullgraph=True)):
+        sparton.lsr_head(*leaves, impl=impl).sum().backward()
+    torch._dynamo.reset()
+    for leaf, want in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, want)
+
+
+def test_a_selective_checkpoint_saves_the_operator(leaves, monkeypatch):
+    hidden, weight, bias = leaves
+    from sparton.kernels import forward
+
+    launches = mock.Mock(side_effect=forward.triton_forward)
+    monkeypatch.setattr(forward, "triton_forward", launches)
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.sparton.lsr_forward.default])
+
+    def encode(states: Tensor) -> Tensor:
+        return sparton.lsr_head(states.sin(), weight, bias, impl="triton").sum()
+
+    expected = torch.autograd.grad(encode(hidden), leaves)
+    launches.reset_mock()
+    saved = torch.autograd.grad(checkpoint(encode, hidden, use_reentrant=False, context_fn=contexts), leaves)
+    assert launches.call_count == 1
+    for got, want in zip(saved, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "triton"])
+def test_vmap_runs_the_head_for_each(impl, leaves):
+    hidden, weight, bias = (leaf.detach() for leaf in leaves)
+    several = torch.stack([hidden, hidden.flip(0), -hidden])
+    out = torch.vmap(lambda states: sparton.lsr_head(states, weight, bias, impl=impl))(several)
+    expected = [sparton.lsr_head(states, weight, bias, impl=impl) for states in several]
+    torch.testing.assert_close(out, torch.stack(expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("impl", ["tiled", "triton"])
+def test_tensors_of_a_gpu_that_is_not_the_current_one(impl, leaves):
+    assert torch.cuda.current_device() == 0
+    there = [leaf.detach().to("cuda:1").requires_grad_() for leaf in leaves]
+    out, expected = (sparton.lsr_head(*tensors, impl=impl) for tensors in (there, leaves))
+    gradients = torch.autograd.grad(out.sum(), there), torch.autograd.grad(expected.sum(), leaves)
+    for got, want in zip((out, *gradients[0]), (expected, *gradients[1]), strict=True):
+        assert got.device == torch.device("cuda:1")
+        torch.testing.assert_close(got.to(want.device), want)
+    assert torch.cuda.current_device() == 0
+
+
+def _one_rank(rank: int, store: str, results: str) -> None:
+    """Trains a head on this rank's text under DDP and under FSDP2, each on the CPU."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    kind = sparton.TiledHead if ON_GPU else sparton.SpartonHead  # kernels run on the CPU in the interpreter only
+    hidden, state, found = *_rank_inputs(), {}
+    for name in ("ddp", "fsdp"):
+        head = kind(16, 21)
+        head.load_state_dict(state)
+        if name == "ddp":
+            wrapped = DistributedDataParallel(head)
+        else:
+            wrapped = fully_shard(head, mesh=dist.init_device_mesh("cpu", (2,)))
+        wrapped(hidden[rank : rank + 1]).sum().backward()
+        gradients = [parameter.grad for parameter in head.parameters()]
+        found[name] = gradients if name == "ddp" else [gradient.full_tensor() for gradient in gradients]
+    if rank == 0:
+        torch.save(found, results)
+    dist.destroy_process_group()
+
+
+def _rank_inputs() -> tuple[Tensor, dict[str, Tensor]]:
+    """hidden (2, 5, 16), a text for each rank, and the head's state."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 5, 16), (21, 16), (21,)))
+    return hidden, {"weight": weight, "bias": bias}
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_ranks_average_the_gradients_of_their_texts(tmp_path):
+    mp.spawn(_one_rank, (str(tmp_path / "store"), str(tmp_path / "found.pt")), nprocs=2)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    hidden, state = _rank_inputs()
+    head = sparton.NaiveHead(16, 21)
+    head.load_state_dict(state)
+    (head(hidden).sum() / 2).backward()
+    for gradients in found.values():
+        for got, want in zip(gradients, (head.weight.grad, head.bias.grad), strict=True):
+            torch.testing.assert_close(got, want)

@@ -39,6 +39,41 @@ def test_no_worse_than_naive(shape, impl, dtype, bias, device):
             assert_no_worse(name, got, naive, want, EPSILON[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [[20], [40, 300]], ids=["narrow tile", "wide tile"])
+def test_wider_outputs_of_16_bit_operands(lengths, dtype, device):
+    """The low bits of a logit hold the place of its row: at most 8, which makes it smaller by less than 2^-15."""
+    inputs = make_inputs(lengths, 24, 37, dtype=dtype, device=device)
+    leaves = [leaf.detach() for leaf in inputs.leaves(dtype)]
+    longest = max(lengths)
+    out, exact = (
+        sparton.lsr_head(
+            *leaves, cu_seqlens=inputs.cu_seqlens, max_seqlen=longest, out_dtype=torch.float32, impl=impl
+        ).double().expm1()
+        for impl in ("triton", "tiled")
+    )  # fmt: skip
+    assert exact.count_nonzero() > 20
+    smaller = ((exact - out) / exact)[exact > 0]
+    assert -1e-5 < smaller.min() and smaller.max() < 2**-15 + 1e-5
+
+
+@pytest.mark.parametrize("impl", ["tiled", "triton"])
+@pytest.mark.parametrize("activation, normal", [("log1p", 16_383), ("log1p_log1p", 1_900)])
+def test_the_factor_of_16_bit_operands(activation, normal, impl, device):
+    """Stored in float16, it keeps 2^-11 while it is a normal number, 2^-25 in absolute terms when logits are larger."""
+    hidden = torch.ones(1, 16, dtype=torch.bfloat16, device=device)
+    bias = torch.tensor([0.5, 7, 300, 1_899, normal, 1e5, 1e7], device=device)
+    weight, cu = torch.zeros(len(bias), 16, dtype=torch.bfloat16, device=device), torch.tensor([0, 1], device=device)
+    _, factor, _ = lsr_forward(hidden, weight, bias, cu, 1, activation, torch.bfloat16, torch.bfloat16, impl)
+    logit = bias.double()
+    exact = 1 / (1 + logit)
+    if activation == "log1p_log1p":
+        exact = exact / (1 + logit.log1p())
+    error = (factor[0].double() - exact).abs()
+    assert (error <= 2**-11 * exact * (1 + 2**-6))[logit <= normal].all()
+    assert (error <= 2**-25 * (1 + 2**-6))[logit > normal].all()
+
+
 @pytest.mark.parametrize("impl", ["naive", "tiled"])
 def test_float64_is_exact(impl, device):
     inputs = make_inputs(*SHAPES["ragged"], dtype=torch.float64, device=device)

@@ -145,7 +145,7 @@ def test_nothing_is_measured_while_tests_are_red(tmp_path, monkeypatch, capfd):
 
     refused("found none")
     test.write_text("def test_it():\n    assert False\n")
-    refused("tests are red (pytest exit status 1)")
+    refused("tests are red (pytest exit status")
     test.write_text("def test_it():\n    pass\n")
     gate.require_green_tests()
     assert "1 passed" in capfd.readouterr().out

@@ -33,11 +33,13 @@ HEADS = {
 PADDED = ("naive", "naive_max_first", "compiled", "sparton_padded")
 TIMES = [f"{part}_ms{suffix}" for part in ("forward", "backward", "step") for suffix in ("_p20", "", "_p80")]
 ERRORS = [f"error_{name}" for name in ("output", "hidden", "weight", "bias")]
+NAIVE_ERRORS = [f"naive_{name}" for name in ERRORS]  # in every row of a case, so that none stands alone
 COLUMNS = [
     "case", "impl", "status", "batch", "seqlen", "tokens", "hidden_size", "vocab_size", "dtype", "active_share",
     "won_by_first_tokens_share", *TIMES, "forward_latency_ms", "forward_flops", "forward_bytes",
     "forward_tflops_per_s", "ceiling_before_tflops_per_s", "ceiling_after_tflops_per_s", "forward_share_of_ceiling",
     "copy_before_tb_per_s", "copy_after_tb_per_s", *TELEMETRY, "peak_memory_mib", "needed_memory_mib", *ERRORS,
+    *NAIVE_ERRORS,
 ]  # fmt: skip
 OUT_OF_MEMORY = "out of memory"
 
@@ -72,6 +74,30 @@ def truth(problem: Problem) -> list[Tensor]:
     out = sparton.lsr_head(*leaves, cu_seqlens=problem.cu_seqlens, max_seqlen=max(problem.lengths), impl="tiled")
     gradients = torch.autograd.grad(out, leaves, problem.grad.double()) if trains else ()
     return [out.detach(), *gradients]
+
+
+def step_of(problem: Problem, forward: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """The output and, where the case trains, the gradients."""
+    out = forward()
+    return [out, *(torch.autograd.grad(out, leaves, problem.grad) if problem.case.trains else ())]
+
+
+def errors_of(problem: Problem, impl: str, got: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """Relative errors of what :func:`step_of` gives; hidden's gradient on the real rows alone."""
+    if problem.case.trains and impl in PADDED:
+        got[1] = got[1][problem.mask.bool()]
+    return errors(got, expected)
+
+
+def naive_errors(problem: Problem, expected: list[Tensor] | None) -> dict[str, float]:
+    """What the naive head's errors are, from one pass that isn't timed; nothing where it has too little memory."""
+    if expected is None:
+        return {}
+    try:
+        got = step_of(problem, *forward_of("naive", problem))
+    except torch.OutOfMemoryError:
+        return {}
+    return dict(zip(NAIVE_ERRORS, errors_of(problem, "naive", got, expected), strict=False))
 
 
 def describe(problem: Problem, expected: list[Tensor] | None) -> dict[str, object]:
@@ -113,8 +139,7 @@ def measure(problem: Problem, impl: str, expected: list[Tensor] | None, meter: M
         return torch.autograd.grad(out, leaves, problem.grad, retain_graph=keep)
 
     def step(_: object = None) -> list[Tensor]:
-        out = forward()
-        return [out, *(backward(out) if trains else ())]
+        return step_of(problem, forward, leaves)
 
     def timed(part: str, *region: Callable) -> None:
         row.update(zip(TIMES[3 * ("forward", "backward", "step").index(part) :], meter.times(*region), strict=False))
@@ -133,10 +158,7 @@ def measure(problem: Problem, impl: str, expected: list[Tensor] | None, meter: M
     row["forward_latency_ms"] = meter.latency(forward)
     row["peak_memory_mib"] = meter.peak_memory(step)
     if expected is not None:
-        got = step()
-        if trains and impl in PADDED:
-            got[1] = got[1][problem.mask.bool()]
-        row.update(zip(ERRORS, errors(got, expected), strict=False))
+        row.update(zip(ERRORS, errors_of(problem, impl, step(), expected), strict=False))
 
 
 def measure_matmul(problem: Problem, meter: Meter, row: dict[str, object]) -> None:
@@ -181,7 +203,7 @@ def measure_cases(
             expected = truth(problem)
         except torch.OutOfMemoryError:
             expected = None
-        shared = describe(problem, expected)
+        shared = describe(problem, expected) | naive_errors(problem, expected)
         for impl in impls:
             yield measure_row(problem, impl, expected, meter, shared)
         del problem, expected

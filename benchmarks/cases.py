@@ -74,9 +74,12 @@ def _cases() -> list[Case]:
     ]  # fmt: skip
     # Lengths as in real batches: about two thirds of the padded layout are tokens.
     step = [
-        Case("step/32x512/250002/2.0%", 32, 512, 250_002, 160, active=0.02, quick=STEP_IMPLS),
-        Case("step/64x128/250002/50.0%", 64, 128, 250_002, 40, quick=STEP_IMPLS),
-        Case("step/32x512/30522/50.0%", 32, 512, 30_522, 160, quick=STEP_IMPLS),
+        Case(f"step/{name}", *shape, active=active, impls=packed_and_padded, quick=(*STEP_IMPLS, "sparton_padded"))
+        for name, shape, active in (
+            ("32x512/250002/2.0%", (32, 512, 250_002, 160), 0.02),
+            ("64x128/250002/50.0%", (64, 128, 250_002, 40), 0.5),
+            ("32x512/30522/50.0%", (32, 512, 30_522, 160), 0.5),
+        )
     ]
     return forward + backward + step
 

@@ -18,7 +18,7 @@ class Memory:
     """Allocations with poison in them and around them."""
 
     def __init__(self) -> None:
-        self._plain = torch.empty
+        self._plain, self._split = torch.empty, Tensor.split
         self._blocks: list[tuple[Tensor, int, int]] = []  # bytes, size of the tensor within, poison
 
     def empty(self, *size, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
@@ -34,6 +34,12 @@ class Memory:
     def empty_like(self, tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """Stands in for torch.empty_like; always contiguous."""
         return self.empty(*tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
+
+    def split(self, tensor: Tensor, sizes: int | list[int], dim: int = 0) -> tuple[Tensor, ...]:
+        """Stands in for Tensor.split: lists that are cut from one new tensor lie apart, with poison around each."""
+        if not self.holds(tensor):
+            return self._split(tensor, sizes, dim)
+        return tuple(self.empty(size, dtype=tensor.dtype, device=tensor.device) for size in sizes)
 
     def place(self, tensor: Tensor | None) -> Tensor | None:
         """A contiguous copy of an input with poison around it."""
@@ -62,8 +68,9 @@ class Memory:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[Memory]:
-    """Patches torch.empty and torch.empty_like, and looks at the canaries at the end."""
+    """Patches torch.empty, torch.empty_like and Tensor.split, and looks at the canaries at the end."""
     memory = Memory()
-    with mock.patch.multiple(torch, empty=memory.empty, empty_like=memory.empty_like):
+    cut = mock.patch.object(Tensor, "split", lambda tensor, *sizes, **dim: memory.split(tensor, *sizes, **dim))
+    with cut, mock.patch.multiple(torch, empty=memory.empty, empty_like=memory.empty_like):
         yield memory
     memory.check()

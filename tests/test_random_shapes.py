@@ -179,7 +179,10 @@ def run(case: Case, impl: str, place=lambda tensor: tensor) -> list[Tensor | Non
 
 
 def run_on_poison(case: Case) -> list[Tensor | None]:
-    """The Triton head with inputs, outputs and workspaces between canaries."""
+    """The Triton head with inputs, outputs and workspaces between canaries, each list that is cut from one, too.
+
+    Lists are rounded up to 16 bytes: what is written into that rest isn't seen.
+    """
     with poisoned() as memory:
         results = run(case, "triton", memory.place)
         assert memory.holds(results[0]), "the output was not allocated with torch.empty: what else was not?"
@@ -230,3 +233,10 @@ def test_canaries_see_a_write_outside(at, device):
     with pytest.raises(AssertionError, match="before block 0" if at < 0 else "after block 0"), poisoned():
         tensor = torch.empty(5, dtype=torch.float32, device=device).zero_()
         tensor.as_strided((1,), (1,), tensor.storage_offset() + at).fill_(3)
+
+
+def test_canaries_see_a_write_from_one_list_into_the_next(device):
+    with pytest.raises(AssertionError, match="after block 1"), poisoned():
+        first, second = torch.empty(12, dtype=torch.int32, device=device).split([4, 8])
+        assert len(first) == 4 and len(second) == 8
+        first.as_strided((1,), (1,), first.storage_offset() + 4).fill_(3)

@@ -27,6 +27,37 @@ def _places(active, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
+def _ranks(key, BLOCK: tl.constexpr, MATCH: tl.constexpr):
+    """For each of BLOCK keys how many equal ones stand before it, and whether it is the last of them.
+
+    With MATCH, on NVIDIA, by what the lanes of a warp tell each other: 32 keys, a warp, a key a lane.
+    """
+    if MATCH:
+        rank, later = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 equal, lanes;
+            match.any.sync.b32 equal, $2, 0xffffffff;
+            mov.u32 lanes, %lanemask_lt;
+            and.b32 lanes, lanes, equal;
+            popc.b32 $0, lanes;
+            mov.u32 lanes, %lanemask_gt;
+            and.b32 $1, lanes, equal;
+            }""",
+            "=r,=r,r", [key], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+        last = later == 0
+    else:
+        offs = tl.arange(0, BLOCK)
+        # For key j: 1 for each equal key before it, 2 * BLOCK for each after it.
+        weight = (offs[:, None] < offs[None, :]).to(tl.int32)
+        weight += (offs[:, None] > offs[None, :]).to(tl.int32) * (2 * BLOCK)
+        equal = tl.sum(tl.where(key[:, None] == key[None, :], weight, 0), axis=0)
+        rank = equal % (2 * BLOCK)
+        last = equal < 2 * BLOCK
+    return rank, last
+
+
+@triton.jit
 def _histogram(words_ptr, positions_ptr, first, n, low, BLOCK: tl.constexpr, BINS: tl.constexpr):
     """How many of BLOCK active words from place ``first`` on each of the rows low .. low + BINS - 1 wins."""
     offs_e = first + tl.arange(0, BLOCK)
@@ -198,6 +229,7 @@ def place_kernel(
     num_parts,
     stride_gb,
     BLOCK_E: tl.constexpr,
+    MATCH: tl.constexpr,
 ):
     """One program: writes the active words of one chunk of one text to their places in the order by row.
 
@@ -217,8 +249,6 @@ def place_kernel(
     table_ptr += chunk.to(tl.int64) * R + start
     firsts_ptr += num_parts + start
     offs = tl.arange(0, BLOCK_E)
-    # For entry j: 1 for each entry i before it, 2 * BLOCK_E for each after it.
-    weight = (offs[:, None] < offs[None, :]).to(tl.int32) + (offs[:, None] > offs[None, :]).to(tl.int32) * (2 * BLOCK_E)
     # Words are loaded two steps ahead and positions one: what is left to wait for is the table.
     word = tl.load(words_ptr + offs, mask=offs < n, other=0).to(tl.int32)
     position = tl.load(positions_ptr + word, mask=offs < n, other=0).to(tl.int32)
@@ -233,12 +263,12 @@ def place_kernel(
         row_start = tl.load(firsts_ptr + position, mask=mask, other=0)
         g, _ = load_active(grad_ptr + word, factor_ptr + word, mask)
         key = tl.where(mask, position, -1 - offs)  # what is masked shares a row with nobody
-        same = tl.sum(tl.where(key[:, None] == key[None, :], weight, 0), axis=0)
-        place += same % (2 * BLOCK_E)
+        rank, is_last = _ranks(key, BLOCK_E, MATCH)
+        place += rank
         tl.store(order_ptr + row_start + place, make_entry(g, begin + word), mask=mask)
         # The last entry of a row counts on for all, after all have read the cell and before they read it again.
         tl.debug_barrier()
-        tl.store(cell, place + 1, mask=mask & (same < 2 * BLOCK_E))
+        tl.store(cell, place + 1, mask=mask & is_last)
         tl.debug_barrier()
         word = next_word
         position = next_position
@@ -344,7 +374,7 @@ def _sort(
     )  # fmt: skip
     place_kernel[(texts, chunks)](
         grad, factor, positions, cu_seqlens, words, counts, table, firsts, order, vocab, tokens, first, chunk_words,
-        chunks, parts, grad.stride(0), BLOCK_E=32, num_warps=1,
+        chunks, parts, grad.stride(0), BLOCK_E=32, MATCH=grad.is_cuda and torch.version.hip is None, num_warps=1,
     )  # fmt: skip
     return order, firsts, lasts, parts
 

@@ -7,15 +7,21 @@ import triton.language as tl
 
 
 @triton.jit
-def load_active(grad_ptr, factor_ptr, mask):
+def activity(grad, factor):
     """Gradient by the maximal logit in float32 (0 where inactive), and which entries are active.
 
     An infinite gradient of an output that did not fire has no effect: hence the selection before the product.
     """
-    factor = tl.load(factor_ptr, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
+    grad = grad.to(tl.float32)
+    factor = factor.to(tl.float32)
     active = (factor > 0.0) & (grad != 0.0)
     return tl.where(active, grad, 0.0) * factor, active
+
+
+@triton.jit
+def load_active(grad_ptr, factor_ptr, mask):
+    """The activity of what stands there, none where masked."""
+    return activity(tl.load(grad_ptr, mask=mask, other=0.0), tl.load(factor_ptr, mask=mask, other=0.0))
 
 
 @triton.jit

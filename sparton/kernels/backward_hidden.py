@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparton.kernels import configs
-from sparton.kernels.entries import load_active, load_entries, make_entry, store_columns, sum_rows
+from sparton.kernels.entries import in_pairs, load_active, load_pair, make_entry, store_columns, sum_rows
 
 
 @triton.jit
@@ -27,11 +27,11 @@ def _places(active, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(cu_seqlens_ptr, b, first_b, R):
-    """First row of text b, counted from that of text ``first_b``, and how many it has; within R rows, come what may."""
+def _rows_of(cu_seqlens_ptr, b, first_b):
+    """First row of text b, counted from that of text ``first_b``, and how many it has."""
     first = tl.load(cu_seqlens_ptr + b)
     start = (first - tl.load(cu_seqlens_ptr + first_b)).to(tl.int32)
-    return start, tl.minimum((tl.load(cu_seqlens_ptr + b + 1) - first).to(tl.int32), R - start)
+    return start, (tl.load(cu_seqlens_ptr + b + 1) - first).to(tl.int32)
 
 
 @triton.jit
@@ -101,8 +101,8 @@ def histogram_kernel(
     ``words``: places within the chunk, ascending; ``counts``: how many; ``table[chunk, row]``: won by that row.
     Here and below rows are counted from the first one of the range's texts, which have R at most.
     """
-    text = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    text = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0)
     b = first_b + text
     begin = chunk * chunk_words
     words_ptr += text * V + begin
@@ -120,7 +120,8 @@ def histogram_kernel(
     tl.store(counts_ptr + text * num_chunks + chunk, n)
     tl.debug_barrier()  # the list is read by other threads than wrote it
 
-    start, length = _rows_of(cu_seqlens_ptr, b, first_b, R)
+    table_ptr += chunk.to(tl.int64) * R
+    start, length = _rows_of(cu_seqlens_ptr, b, first_b)
     for low in range(0, length, BINS):  # long texts take several passes: a histogram's cost grows with its bins
         won = tl.zeros((BINS,), tl.int32)
         for first in range(0, n, BLOCK_E):
@@ -129,7 +130,7 @@ def histogram_kernel(
             else:
                 won += _histogram(words_ptr, positions_ptr, first, n, low, BLOCK_FEW, BINS)
         offs_s = low + tl.arange(0, BINS)
-        tl.store(table_ptr + chunk.to(tl.int64) * R + start + offs_s, won, mask=offs_s < length)
+        tl.store(table_ptr + start + offs_s, won, mask=offs_s < tl.minimum(length, R - start))
 
 
 @triton.jit(do_not_specialize=["B", "R", "launched", "num_chunks", "first_b", "last_b", "num_parts"])
@@ -192,7 +193,8 @@ def scan_rows_kernel(
     Parts thus begin at least PART places apart, at most one between two multiples of PART, whose number is the part's.
     """
     text = tl.program_id(0)
-    start, length = _rows_of(cu_seqlens_ptr, first_b + text, first_b, R)
+    start, length = _rows_of(cu_seqlens_ptr, first_b + text, first_b)
+    length = tl.minimum(length, R - start)
     part_ptr = lasts_ptr + text * parts_per_text
     for low in range(0, parts_per_text, BLOCK_R):
         offs_p = low + tl.arange(0, BLOCK_R)
@@ -247,10 +249,11 @@ def place_kernel(
     Within a row words stay ascending, so sums have one order and rows that are summed at a time read neighbouring
     words. Nobody else touches the program's cells of the table.
     """
-    text = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    text = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0)
     b = first_b + text
-    start, length = _rows_of(cu_seqlens_ptr, b, first_b, R)
+    start, length = _rows_of(cu_seqlens_ptr, b, first_b)
+    length = tl.minimum(length, R - start)  # what a bound below the lengths leaves out is nobody else's
     begin = chunk * chunk_words
     n = tl.load(counts_ptr + text * num_chunks + chunk)
     words_ptr += text * V + begin
@@ -299,9 +302,9 @@ def hidden_grad_kernel(
     num_parts,
     stride_wv,
     D: tl.constexpr,
-    ENTRIES: tl.constexpr,
     FEW_ENTRIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """One program: BLOCK_D columns of the sum over one span, a partial sum or the gradient of a row.
 
@@ -316,9 +319,9 @@ def hidden_grad_kernel(
     if last - first <= FEW_ENTRIES:
         columns = tl.where(column == 0, tl.num_programs(1), 0)
     if last >= 0:
-        entries = load_entries(order_ptr, 1, first, last, ENTRIES)
+        pair = load_pair(order_ptr, 1, first, last)
         for block in range(column, columns):
-            total = sum_rows(entries, order_ptr, 1, first, last, weight_ptr, stride_wv, block, D, ENTRIES, BLOCK_D)
+            total = sum_rows(pair, order_ptr, 1, first, last, weight_ptr, stride_wv, block, D, BLOCK_D, PAIRS)
             if program < num_parts:
                 store_columns(partials_ptr + program * D, total, block, D, BLOCK_D)
             else:
@@ -384,7 +387,7 @@ def _sort(
     # In multiples of 16 bytes, as the alignment of a pointer is compiled in.
     sizes = [-(-size // 4) * 4 for size in (texts * chunks, chunks * rows, rows, parts + launched, parts + launched)]
     counts, table, totals, firsts, lasts = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
-    histogram_kernel[(texts, chunks)](
+    histogram_kernel[(chunks, texts)](
         grad, factor, positions, cu_seqlens, words, counts, table, vocab, rows, first, chunk_words, chunks,
         grad.stride(0), BLOCK_I=configs.LEAST_CHUNK_WORDS // 64, BLOCK_J=64, BLOCK_E=512, BLOCK_FEW=64,
         BINS=256 if positions.itemsize == 1 else 512, num_warps=2,
@@ -397,7 +400,7 @@ def _sort(
         totals, firsts, lasts, cu_seqlens, vocab, rows, first, parts_per_text, parts,
         PART=configs.PART_ENTRIES, BLOCK_R=512, num_warps=4,
     )  # fmt: skip
-    place_kernel[(texts, chunks)](
+    place_kernel[(chunks, texts)](
         grad, factor, positions, cu_seqlens, words, counts, table, firsts, order, vocab, rows, first, chunk_words,
         chunks, parts, grad.stride(0), BLOCK_E=32, MATCH=grad.is_cuda and torch.version.hip is None, num_warps=1,
     )  # fmt: skip
@@ -433,7 +436,7 @@ def hidden_gradient(
         # Parts first: the longest.
         hidden_grad_kernel[(parts + launched, columns)](
             weight, order, firsts, lasts, cu_seqlens, partials, d_hidden, first, parts, weight.stride(0),
-            D=dim, ENTRIES=configs.ENTRIES, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, num_warps=1,
+            D=dim, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, PAIRS=in_pairs(weight), num_warps=1,
         )  # fmt: skip
         long_rows_kernel[(triton.cdiv(launched, 32), columns)](
             firsts, lasts, cu_seqlens, partials, d_hidden, vocab, launched, first, parts_per_text, parts,

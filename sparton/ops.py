@@ -68,6 +68,7 @@ def _compute_backward(
     weight: Tensor,
     bias: Tensor | None,
     cu_seqlens: Tensor,
+    max_seqlen: int,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -76,7 +77,7 @@ def _compute_backward(
     """Computes the gradients of the forward pass, deterministically.
 
     Args:
-        grad: (B, V), the gradient by ``out``; the others as saved by the forward pass.
+        grad: (B, V), the gradient by ``out``; the others as given to and saved by the forward pass.
         need_hidden, need_weight, need_bias: what is not needed is not computed.
 
     Returns:
@@ -88,7 +89,7 @@ def _compute_backward(
         from sparton.kernels.backward import triton_backward
 
         with torch.cuda.device_of(hidden):
-            grads = triton_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, need)
+            grads = triton_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, max_seqlen, need)
     else:
         with torch.autocast(hidden.device.type, enabled=False):
             # Not a plain product: an infinite gradient of an inactive entry must stay without effect.
@@ -103,7 +104,7 @@ lsr_backward = torch.library.custom_op("sparton::lsr_backward", _compute_backwar
 
 
 @lsr_backward.register_fake
-def _(grad, factor, positions, hidden, weight, bias, cu_seqlens, need_hidden, need_weight, need_bias, impl):
+def _(grad, factor, positions, hidden, weight, bias, cu_seqlens, max_seqlen, need_hidden, need_weight, need_bias, impl):
     wanted = ((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
     return tuple(
         tensor.new_empty(tensor.shape) if need else hidden.new_empty(0) for tensor, need in wanted
@@ -121,11 +122,11 @@ lsr_backward.register_autograd(_no_second_derivative)
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, cu_seqlens, *_, impl, _ = inputs
+    hidden, weight, bias, cu_seqlens, max_seqlen, *_, impl, _ = inputs
     _, factor, positions = output
     ctx.save_for_backward(factor, positions, hidden, weight, bias, cu_seqlens)
     ctx.set_materialize_grads(False)
-    ctx.impl = impl
+    ctx.max_seqlen, ctx.impl = max_seqlen, impl
 
 
 def _gradients(ctx, grad, backward):
@@ -133,7 +134,7 @@ def _gradients(ctx, grad, backward):
         return (None,) * 10
     need = [bool(wanted) for wanted in ctx.needs_input_grad[:3]]
     factor, positions, hidden, weight, bias, cu_seqlens = ctx.saved_tensors
-    grads = backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, *need, ctx.impl)
+    grads = backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, ctx.max_seqlen, *need, ctx.impl)
     return (*(value if wanted else None for value, wanted in zip(grads, need, strict=True)), *(None,) * 7)
 
 

@@ -32,10 +32,10 @@ def saved(lengths, vocab, dim, device, *, active=0.5, skewed=0.0, dtype=torch.fl
     grad, hidden, weight, bias = (tensor.to(device, dtype) for tensor in (grad, hidden, weight, bias))
     factor = factor.to(device, torch.float32 if dtype == torch.float32 else torch.float16)
     positions = positions.to(device, position_dtype(max_seqlen or max(lengths)))
-    return [grad, factor, positions, hidden, weight, bias, cu_seqlens]
+    return [grad, factor, positions, hidden, weight, bias, cu_seqlens, max_seqlen or max(lengths)]
 
 
-def expected(grad, factor, positions, hidden, weight, bias, cu_seqlens):
+def expected(grad, factor, positions, hidden, weight, bias, cu_seqlens, _):
     """The three gradients in float64, entry by entry."""
     g = torch.where(factor > 0, grad.double() * factor.double(), 0)
     rows = cu_seqlens[:-1, None].long() + positions.long()
@@ -88,6 +88,33 @@ def test_ranges_of_texts_and_words(small, skewed, device):
     assert all(torch.equal(a, b) for a, b in zip(whole, triton_backward(*tensors), strict=True))
     small.setattr(configs, "WORKSPACE", 1)  # one text, one word
     check(saved([4, 2, 7], 12, 8, device, skewed=skewed))
+
+
+def test_rows_of_no_text_are_zero_whatever_the_ranges(small, device):
+    """Each range of texts goes through its own rows alone; the last one through all that follow as well."""
+    tensors = saved([4, 0, 7, 1, 9], 150, 16, device)
+    tensors[3] = torch.cat([tensors[3], torch.full((70, 16), float("nan"), device=device)])
+    whole = triton_backward(*tensors)
+    assert not whole[0][21:].any()
+    for workspace in (1, 2 * (4 * 150 + 4 * 10 * 16)):
+        small.setattr(configs, "WORKSPACE", workspace)
+        assert all(torch.equal(a, b) for a, b in zip(whole, triton_backward(*tensors), strict=True))
+
+
+def test_upstream_gradients_far_apart(device):
+    """A stride of 2^28: offsets within a block of texts would not fit 32 bits."""
+    grad, *rest = saved([2] * 9, 8, 8, device, dtype=torch.bfloat16)
+    apart = torch.empty(2**28 * 8 + 8, dtype=grad.dtype, device=device).as_strided(grad.shape, (2**28, 1))
+    apart.copy_(grad)
+    for a, b in zip(triton_backward(apart, *rest), triton_backward(grad, *rest), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_bound_below_the_lengths_writes_nothing_elsewhere(device):
+    """It can't be checked without a wait for the device; what it costs is the gradient of rows that are not there."""
+    *tensors, longest = saved([40, 30], 300, 8, device, active=1.0)
+    got, want = triton_backward(*tensors, 20), triton_backward(*tensors, longest)
+    assert torch.equal(got[1], want[1]) and torch.equal(got[2], want[2])
 
 
 def test_chunks_grow_where_the_table_would_not_fit(small, device):
@@ -146,13 +173,13 @@ def test_zero_upstream_gradients(small, device):
 
 
 def test_what_is_inactive_has_no_effect(device):
-    grad, factor, positions, hidden, weight, bias, cu = saved([3, 5, 4], 60, 8, device)
+    grad, factor, positions, hidden, weight, bias, *lengths = saved([3, 5, 4], 60, 8, device)
     grad[factor == 0] = float("inf")
     grad[0, 0], factor[0, 0] = float("nan"), 0
     positions[1].clamp_(max=3)
     hidden[7] = float("nan")  # the row that nobody points to
     longer = torch.cat([hidden, torch.full((4, 8), float("nan"), device=device)])  # and rows of no text
-    got = triton_backward(grad, factor, positions, longer, weight, bias, cu)
+    got = triton_backward(grad, factor, positions, longer, weight, bias, *lengths)
     assert all(torch.isfinite(value).all() for value in got)
     assert not got[0][7].any() and not got[0][12:].any()
 
@@ -166,15 +193,15 @@ def test_a_gradient_that_overflowed_reaches_its_owners(device):
 
 
 def test_strides(device):
-    grad, factor, positions, hidden, weight, bias, cu = saved([3, 5], 60, 8, device)
-    whole = triton_backward(grad, factor, positions, hidden, weight, bias, cu)
+    grad, factor, positions, hidden, weight, bias, cu, longest = saved([3, 5], 60, 8, device)
+    whole = triton_backward(grad, factor, positions, hidden, weight, bias, cu, longest)
     for other in ((hidden.T.contiguous().T, weight), (hidden, torch.cat([weight, weight], 1)[:, :8])):
-        got = triton_backward(grad.T.contiguous().T, factor, positions, *other, bias, cu.long())
+        got = triton_backward(grad.T.contiguous().T, factor, positions, *other, bias, cu.long(), longest)
         assert all(torch.equal(a, b) for a, b in zip(whole, got, strict=True))
     one = torch.ones((), device=device)
     for a, b in zip(
-        triton_backward(one.expand(2, 60), factor, positions, hidden, weight, bias, cu),
-        triton_backward(one.expand(2, 60).double(), factor, positions, hidden, weight, bias, cu),
+        triton_backward(one.expand(2, 60), factor, positions, hidden, weight, bias, cu, longest),
+        triton_backward(one.expand(2, 60).double(), factor, positions, hidden, weight, bias, cu, longest),
         strict=True,
     ):
         assert torch.equal(a, b)
@@ -184,6 +211,6 @@ def test_strides(device):
 def test_nothing_to_sum(lengths, vocab, device):
     tensors = saved(lengths or [1], vocab, 8, device)
     if not lengths:
-        tensors = [t[:0] for t in tensors[:4]] + tensors[4:6] + [tensors[6][:1]]
+        tensors = [t[:0] for t in tensors[:4]] + tensors[4:6] + [tensors[6][:1], 1]
     for value, tensor in zip(triton_backward(*tensors), tensors[3:6], strict=True):
         assert value.shape == tensor.shape and not value.any()

@@ -215,7 +215,7 @@ def test_bars_that_were_not_measured(tmp_path, capsys):
     assert bars.main([str(write(tmp_path / "some.csv", list(rows.values())))]) == 1
     told = capsys.readouterr().out.splitlines()
     missing = [line for line in told if "not measured" in line]
-    assert len(missing) == 7 and sum("naive: out of memory" in line for line in missing) == 4
+    assert len(missing) == 6 and sum("naive: out of memory" in line for line in missing) == 4
     assert bars.main([str(tmp_path / "none.csv")]) == 1
     assert "no such file" in capsys.readouterr().err
     assert bars.main([str(write(tmp_path / "other.csv", [{"a": 1}]))]) == 1

@@ -207,7 +207,7 @@ def test_opcheck(impl, device):
     torch.library.opcheck(lsr_forward, (*leaves, cu, 4, "log1p", torch.float32, torch.float32, impl))
     hidden, weight, bias = (t.detach() for t in leaves)
     _, factor, positions = lsr_forward(hidden, weight, bias, cu, 4, "log1p", torch.float32, torch.float32, impl)
-    args = (inputs.grad.float(), factor, positions, hidden, weight, bias, cu, True, True, True, impl)
+    args = (inputs.grad.float(), factor, positions, hidden, weight, bias, cu, 4, True, True, True, impl)
     torch.library.opcheck(lsr_backward, args)
 
 
@@ -259,7 +259,7 @@ def test_no_tensor_of_the_size_of_the_logits(impl, monkeypatch, device):
     rows, cu = hidden.flatten(0, 1), 32 * torch.arange(5, device=device)
     with _Largest() as watched:  # within the operators, which are all that a mode sees of the head
         out, *saved = _compute_forward(rows, weight, bias, cu, 32, "log1p", torch.float32, torch.float32, impl)
-        _compute_backward(torch.ones_like(out), *saved, rows, weight, bias, cu, True, True, True, impl)
+        _compute_backward(torch.ones_like(out), *saved, rows, weight, bias, cu, 32, True, True, True, impl)
     assert 4 * 96 <= watched.elements < 4 * 32 * 96 / 2
     with _Largest() as watched:
         _run("naive", hidden, weight, bias)

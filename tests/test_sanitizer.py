@@ -40,7 +40,7 @@ for hopper in {hoppers}:
         grad = torch.randn(out.shape).to(dtype).cuda()
         {change}
         need = ({need_hidden}, True, True)
-        lsr_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, *need, "triton")
+        lsr_backward(grad, factor, positions, hidden, weight, bias, cu_seqlens, max(lengths), *need, "triton")
 torch.cuda.synchronize()
 print("finished")
 """

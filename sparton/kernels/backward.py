@@ -17,6 +17,7 @@ def triton_backward(
     weight: Tensor,
     bias: Tensor | None,
     cu_seqlens: Tensor,
+    max_seqlen: int,
     need: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Computes the gradients by hidden, weight and bias that are needed, each written once in its tensor's dtype.
@@ -32,6 +33,7 @@ def triton_backward(
         factor: (B, V) float16 or float32 and positions: (B, V) integers, as the forward pass saved them.
         hidden: (N, D); weight: (V, D); bias: (V,) or None; of any floating dtype each.
         cu_seqlens: (B + 1,).
+        max_seqlen: upper bound of the lengths.
         need: which of the three are wanted.
 
     Returns:
@@ -39,6 +41,8 @@ def triton_backward(
     """
     # A row is read with wide loads, so its columns must be neighbours; rows may stand anywhere.
     rows, words, grad = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (hidden, weight, grad))
+    if grad.stride(0) >= 2**28:  # from text to text of a block in 32 bits
+        grad = grad.contiguous()
     factor, positions, cu_seqlens = factor.contiguous(), positions.contiguous(), cu_seqlens.contiguous()
     make = torch.empty if factor.numel() and len(hidden) else torch.zeros
     d_hidden, d_weight, d_bias = (
@@ -49,5 +53,5 @@ def triton_backward(
         if need[1] or need[2]:
             weight_gradients(grad, factor, positions, rows, cu_seqlens, d_weight, d_bias)
         if need[0]:
-            hidden_gradient(grad, factor, positions, words, cu_seqlens, d_hidden)
+            hidden_gradient(grad, factor, positions, words, cu_seqlens, max_seqlen, d_hidden)
     return d_hidden, d_weight, d_bias

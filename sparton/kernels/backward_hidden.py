@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparton.kernels import configs
-from sparton.kernels.entries import load_active, load_entries, make_entry, store_columns, sum_rows
+from sparton.kernels.entries import in_pairs, load_active, load_pair, make_entry, store_columns, sum_rows
 
 
 @triton.jit
@@ -24,6 +24,45 @@ def _places(active, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
     before = tl.reshape((before[:, :, None] >> shifts[None, :][None, :, :]) & 255, (BLOCK_J, BLOCK_I))
     column = tl.reshape((tl.sum(packed, axis=0)[:, None] >> shifts[None, :]) & 255, (BLOCK_I,))
     return (tl.cumsum(column, axis=0) - column)[None, :] + before, tl.sum(column, axis=0)
+
+
+@triton.jit
+def _rows_of(cu_seqlens_ptr, b, first_b):
+    """First row of text b, counted from that of text ``first_b``, and how many it has."""
+    first = tl.load(cu_seqlens_ptr + b)
+    start = (first - tl.load(cu_seqlens_ptr + first_b)).to(tl.int32)
+    return start, (tl.load(cu_seqlens_ptr + b + 1) - first).to(tl.int32)
+
+
+@triton.jit
+def _ranks(key, BLOCK: tl.constexpr, MATCH: tl.constexpr):
+    """For each of BLOCK keys how many equal ones stand before it, and whether it is the last of them.
+
+    With MATCH, on NVIDIA, by what the lanes of a warp tell each other: 32 keys, a warp, a key a lane.
+    """
+    if MATCH:
+        rank, later = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 equal, lanes;
+            match.any.sync.b32 equal, $2, 0xffffffff;
+            mov.u32 lanes, %lanemask_lt;
+            and.b32 lanes, lanes, equal;
+            popc.b32 $0, lanes;
+            mov.u32 lanes, %lanemask_gt;
+            and.b32 $1, lanes, equal;
+            }""",
+            "=r,=r,r", [key], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+        last = later == 0
+    else:
+        offs = tl.arange(0, BLOCK)
+        # For key j: 1 for each equal key before it, 2 * BLOCK for each after it.
+        weight = (offs[:, None] < offs[None, :]).to(tl.int32)
+        weight += (offs[:, None] > offs[None, :]).to(tl.int32) * (2 * BLOCK)
+        equal = tl.sum(tl.where(key[:, None] == key[None, :], weight, 0), axis=0)
+        rank = equal % (2 * BLOCK)
+        last = equal < 2 * BLOCK
+    return rank, last
 
 
 @triton.jit
@@ -60,9 +99,10 @@ def histogram_kernel(
     """One program: a chunk of one text's words. Lists the active ones and counts how many each row of the text wins.
 
     ``words``: places within the chunk, ascending; ``counts``: how many; ``table[chunk, row]``: won by that row.
+    Here and below rows are counted from the first one of the range's texts, which have R at most.
     """
-    text = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    text = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0)
     b = first_b + text
     begin = chunk * chunk_words
     words_ptr += text * V + begin
@@ -80,8 +120,8 @@ def histogram_kernel(
     tl.store(counts_ptr + text * num_chunks + chunk, n)
     tl.debug_barrier()  # the list is read by other threads than wrote it
 
-    start = tl.load(cu_seqlens_ptr + b).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + b + 1).to(tl.int64) - start).to(tl.int32)
+    table_ptr += chunk.to(tl.int64) * R
+    start, length = _rows_of(cu_seqlens_ptr, b, first_b)
     for low in range(0, length, BINS):  # long texts take several passes: a histogram's cost grows with its bins
         won = tl.zeros((BINS,), tl.int32)
         for first in range(0, n, BLOCK_E):
@@ -90,10 +130,10 @@ def histogram_kernel(
             else:
                 won += _histogram(words_ptr, positions_ptr, first, n, low, BLOCK_FEW, BINS)
         offs_s = low + tl.arange(0, BINS)
-        tl.store(table_ptr + chunk.to(tl.int64) * R + start + offs_s, won, mask=offs_s < length)
+        tl.store(table_ptr + start + offs_s, won, mask=offs_s < tl.minimum(length, R - start))
 
 
-@triton.jit(do_not_specialize=["B", "R", "num_chunks", "last_b", "num_parts"])
+@triton.jit(do_not_specialize=["B", "R", "launched", "num_chunks", "first_b", "last_b", "num_parts"])
 def scan_chunks_kernel(
     table_ptr,
     totals_ptr,
@@ -102,7 +142,9 @@ def scan_chunks_kernel(
     cu_seqlens_ptr,
     B,
     R,
+    launched,
     num_chunks,
+    first_b,
     last_b,
     num_parts,
     BLOCK_C: tl.constexpr,
@@ -110,8 +152,8 @@ def scan_chunks_kernel(
 ):
     """One program: for BLOCK_R rows the table becomes sums over the chunks before; ``totals[row]``: over all.
 
-    Until :func:`scan_rows_kernel` knows better, rows are to be left alone; those past the last text get their zeros
-    with the last range of texts.
+    Until :func:`scan_rows_kernel` knows better, each of the launched rows is to be left alone; with the last range they
+    go on to the end of hidden, and those past the last text get their zeros.
     """
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
@@ -124,18 +166,20 @@ def scan_chunks_kernel(
         tl.store(cell, total[None, :] + tl.cumsum(won, axis=0) - won, mask=mask)
         total += tl.sum(won, axis=0)
     tl.store(totals_ptr + offs_r, total, mask=mask_r)
-    spare = (offs_r >= tl.load(cu_seqlens_ptr + B)) & (last_b == B)
-    tl.store(firsts_ptr + num_parts + offs_r, tl.zeros((BLOCK_R,), tl.int32), mask=mask_r)
-    tl.store(lasts_ptr + num_parts + offs_r, tl.where(spare, 0, -1), mask=mask_r)
+    row = tl.load(cu_seqlens_ptr + first_b) + offs_r
+    spare = (row >= tl.load(cu_seqlens_ptr + B)) & (row < launched) & (last_b == B)
+    tl.store(firsts_ptr + num_parts + offs_r, tl.zeros((BLOCK_R,), tl.int32), mask=offs_r < launched)
+    tl.store(lasts_ptr + num_parts + offs_r, tl.where(spare, 0, -1), mask=offs_r < launched)
 
 
-@triton.jit(do_not_specialize=["first_b", "parts_per_text", "num_parts"])
+@triton.jit(do_not_specialize=["R", "first_b", "parts_per_text", "num_parts"])
 def scan_rows_kernel(
     totals_ptr,
     firsts_ptr,
     lasts_ptr,
     cu_seqlens_ptr,
     V,
+    R,
     first_b,
     parts_per_text,
     num_parts,
@@ -149,8 +193,8 @@ def scan_rows_kernel(
     Parts thus begin at least PART places apart, at most one between two multiples of PART, whose number is the part's.
     """
     text = tl.program_id(0)
-    start = tl.load(cu_seqlens_ptr + first_b + text).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + first_b + text + 1).to(tl.int64) - start).to(tl.int32)
+    start, length = _rows_of(cu_seqlens_ptr, first_b + text, first_b)
+    length = tl.minimum(length, R - start)
     part_ptr = lasts_ptr + text * parts_per_text
     for low in range(0, parts_per_text, BLOCK_R):
         offs_p = low + tl.arange(0, BLOCK_R)
@@ -198,16 +242,18 @@ def place_kernel(
     num_parts,
     stride_gb,
     BLOCK_E: tl.constexpr,
+    MATCH: tl.constexpr,
 ):
     """One program: writes the active words of one chunk of one text to their places in the order by row.
 
     Within a row words stay ascending, so sums have one order and rows that are summed at a time read neighbouring
     words. Nobody else touches the program's cells of the table.
     """
-    text = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    text = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0)
     b = first_b + text
-    start = tl.load(cu_seqlens_ptr + b).to(tl.int64)
+    start, length = _rows_of(cu_seqlens_ptr, b, first_b)
+    length = tl.minimum(length, R - start)  # what a bound below the lengths leaves out is nobody else's
     begin = chunk * chunk_words
     n = tl.load(counts_ptr + text * num_chunks + chunk)
     words_ptr += text * V + begin
@@ -217,14 +263,12 @@ def place_kernel(
     table_ptr += chunk.to(tl.int64) * R + start
     firsts_ptr += num_parts + start
     offs = tl.arange(0, BLOCK_E)
-    # For entry j: 1 for each entry i before it, 2 * BLOCK_E for each after it.
-    weight = (offs[:, None] < offs[None, :]).to(tl.int32) + (offs[:, None] > offs[None, :]).to(tl.int32) * (2 * BLOCK_E)
     # Words are loaded two steps ahead and positions one: what is left to wait for is the table.
     word = tl.load(words_ptr + offs, mask=offs < n, other=0).to(tl.int32)
     position = tl.load(positions_ptr + word, mask=offs < n, other=0).to(tl.int32)
     next_word = tl.load(words_ptr + BLOCK_E + offs, mask=BLOCK_E + offs < n, other=0).to(tl.int32)
     for first in range(0, n, BLOCK_E):
-        mask = first + offs < n
+        mask = (first + offs < n) & (position < length)
         next_position = tl.load(positions_ptr + next_word, mask=first + BLOCK_E + offs < n, other=0).to(tl.int32)
         offs_later = first + 2 * BLOCK_E + offs
         later_word = tl.load(words_ptr + offs_later, mask=offs_later < n, other=0).to(tl.int32)
@@ -233,32 +277,34 @@ def place_kernel(
         row_start = tl.load(firsts_ptr + position, mask=mask, other=0)
         g, _ = load_active(grad_ptr + word, factor_ptr + word, mask)
         key = tl.where(mask, position, -1 - offs)  # what is masked shares a row with nobody
-        same = tl.sum(tl.where(key[:, None] == key[None, :], weight, 0), axis=0)
-        place += same % (2 * BLOCK_E)
+        rank, is_last = _ranks(key, BLOCK_E, MATCH)
+        place += rank
         tl.store(order_ptr + row_start + place, make_entry(g, begin + word), mask=mask)
         # The last entry of a row counts on for all, after all have read the cell and before they read it again.
         tl.debug_barrier()
-        tl.store(cell, place + 1, mask=mask & (same < 2 * BLOCK_E))
+        tl.store(cell, place + 1, mask=mask & is_last)
         tl.debug_barrier()
         word = next_word
         position = next_position
         next_word = later_word
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["first_b", "num_parts"])
 def hidden_grad_kernel(
     weight_ptr,
     order_ptr,
     firsts_ptr,
     lasts_ptr,
+    cu_seqlens_ptr,
     partials_ptr,
     grad_hidden_ptr,
+    first_b,
     num_parts,
     stride_wv,
     D: tl.constexpr,
-    ENTRIES: tl.constexpr,
     FEW_ENTRIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """One program: BLOCK_D columns of the sum over one span, a partial sum or the gradient of a row.
 
@@ -267,28 +313,32 @@ def hidden_grad_kernel(
     program = tl.program_id(0).to(tl.int64)
     first = tl.load(firsts_ptr + program)
     last = tl.load(lasts_ptr + program)
+    begin = tl.load(cu_seqlens_ptr + first_b)
     column = tl.program_id(1)
     columns = column + 1
     if last - first <= FEW_ENTRIES:
         columns = tl.where(column == 0, tl.num_programs(1), 0)
     if last >= 0:
-        entries = load_entries(order_ptr, 1, first, last, ENTRIES)
+        pair = load_pair(order_ptr, 1, first, last)
         for block in range(column, columns):
-            total = sum_rows(entries, order_ptr, 1, first, last, weight_ptr, stride_wv, block, D, ENTRIES, BLOCK_D)
+            total = sum_rows(pair, order_ptr, 1, first, last, weight_ptr, stride_wv, block, D, BLOCK_D, PAIRS)
             if program < num_parts:
                 store_columns(partials_ptr + program * D, total, block, D, BLOCK_D)
             else:
-                store_columns(grad_hidden_ptr + (program - num_parts) * D, total, block, D, BLOCK_D)
+                row = begin + program - num_parts
+                store_columns(grad_hidden_ptr + row * D, total, block, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["R", "parts_per_text", "num_parts"])
+@triton.jit(do_not_specialize=["R", "first_b", "parts_per_text", "num_parts"])
 def long_rows_kernel(
     firsts_ptr,
     lasts_ptr,
+    cu_seqlens_ptr,
     partials_ptr,
     grad_hidden_ptr,
     V,
     R,
+    first_b,
     parts_per_text,
     num_parts,
     D: tl.constexpr,
@@ -301,6 +351,7 @@ def long_rows_kernel(
     offs_r = begin + tl.arange(0, BLOCK_R)
     if tl.min(tl.load(lasts_ptr + num_parts + offs_r, mask=offs_r < R, other=0), axis=0) <= -2:
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        grad_hidden_ptr += tl.load(cu_seqlens_ptr + first_b).to(tl.int64) * D
         for row in range(begin, tl.minimum(begin + BLOCK_R, R)):
             parts = -tl.load(lasts_ptr + num_parts + row)
             if parts >= 2:
@@ -313,44 +364,57 @@ def long_rows_kernel(
 
 
 def _sort(
-    grad: Tensor, factor: Tensor, positions: Tensor, cu_seqlens: Tensor, first: int, last: int, tokens: int
+    grad: Tensor,
+    factor: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    first: int,
+    last: int,
+    rows: int,
+    launched: int,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Orders the active words of the texts ``first`` .. ``last - 1`` by row.
+    """Orders the active words of the texts ``first`` .. ``last - 1``, which have at most ``rows`` rows, by row.
 
     Returns:
         The order, (texts * V,) entries; the first and last places in it of what is summed apart, int32: parts of long
-        rows, then all N rows; how many parts there is room for.
+        rows, then ``launched`` rows from these texts' first one on; how many parts there is room for.
     """
     (batch, vocab), device, texts = factor.shape, factor.device, last - first
-    chunk_words = configs.chunk_words(vocab, tokens)
+    chunk_words = configs.chunk_words(vocab, rows)
     chunks, parts_per_text = triton.cdiv(vocab, chunk_words), triton.cdiv(vocab, configs.PART_ENTRIES)
     parts = texts * parts_per_text
     order, words = (torch.empty(texts * vocab, dtype=dtype, device=device) for dtype in (torch.int64, torch.int16))
     # In multiples of 16 bytes, as the alignment of a pointer is compiled in.
-    sizes = [-(-size // 4) * 4 for size in (texts * chunks, chunks * tokens, tokens, parts + tokens, parts + tokens)]
+    sizes = [-(-size // 4) * 4 for size in (texts * chunks, chunks * rows, rows, parts + launched, parts + launched)]
     counts, table, totals, firsts, lasts = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
-    histogram_kernel[(texts, chunks)](
-        grad, factor, positions, cu_seqlens, words, counts, table, vocab, tokens, first, chunk_words, chunks,
+    histogram_kernel[(chunks, texts)](
+        grad, factor, positions, cu_seqlens, words, counts, table, vocab, rows, first, chunk_words, chunks,
         grad.stride(0), BLOCK_I=configs.LEAST_CHUNK_WORDS // 64, BLOCK_J=64, BLOCK_E=512, BLOCK_FEW=64,
         BINS=256 if positions.itemsize == 1 else 512, num_warps=2,
     )  # fmt: skip
-    scan_chunks_kernel[(triton.cdiv(tokens, 32),)](
-        table, totals, firsts, lasts, cu_seqlens, batch, tokens, chunks, last, parts,
+    scan_chunks_kernel[(triton.cdiv(launched, 32),)](
+        table, totals, firsts, lasts, cu_seqlens, batch, rows, launched, chunks, first, last, parts,
         BLOCK_C=128, BLOCK_R=32, num_warps=4,
     )  # fmt: skip
     scan_rows_kernel[(texts,)](
-        totals, firsts, lasts, cu_seqlens, vocab, first, parts_per_text, parts,
+        totals, firsts, lasts, cu_seqlens, vocab, rows, first, parts_per_text, parts,
         PART=configs.PART_ENTRIES, BLOCK_R=512, num_warps=4,
     )  # fmt: skip
-    place_kernel[(texts, chunks)](
-        grad, factor, positions, cu_seqlens, words, counts, table, firsts, order, vocab, tokens, first, chunk_words,
-        chunks, parts, grad.stride(0), BLOCK_E=32, num_warps=1,
+    place_kernel[(chunks, texts)](
+        grad, factor, positions, cu_seqlens, words, counts, table, firsts, order, vocab, rows, first, chunk_words,
+        chunks, parts, grad.stride(0), BLOCK_E=32, MATCH=grad.is_cuda and torch.version.hip is None, num_warps=1,
     )  # fmt: skip
     return order, firsts, lasts, parts
 
 
 def hidden_gradient(
-    grad: Tensor, factor: Tensor, positions: Tensor, weight: Tensor, cu_seqlens: Tensor, d_hidden: Tensor
+    grad: Tensor,
+    factor: Tensor,
+    positions: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    d_hidden: Tensor,
 ) -> None:
     """Fills the gradient by hidden, (N, D).
 
@@ -364,17 +428,18 @@ def hidden_gradient(
     block_d = configs.hidden_columns(dim)
     columns = triton.cdiv(dim, block_d)
     for first in range(0, batch, step):
-        order, firsts, lasts, parts = _sort(
-            grad, factor, positions, cu_seqlens, first, min(first + step, batch), tokens
-        )
+        last = min(first + step, batch)
+        rows = min(tokens, (last - first) * max_seqlen)
+        launched = tokens if last == batch else rows
+        order, firsts, lasts, parts = _sort(grad, factor, positions, cu_seqlens, first, last, rows, launched)
         partials = torch.empty(parts, dim, dtype=torch.float32, device=grad.device)
         # Parts first: the longest.
-        hidden_grad_kernel[(parts + tokens, columns)](
-            weight, order, firsts, lasts, partials, d_hidden, parts, weight.stride(0),
-            D=dim, ENTRIES=configs.ENTRIES, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, num_warps=1,
+        hidden_grad_kernel[(parts + launched, columns)](
+            weight, order, firsts, lasts, cu_seqlens, partials, d_hidden, first, parts, weight.stride(0),
+            D=dim, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, PAIRS=in_pairs(weight), num_warps=1,
         )  # fmt: skip
-        long_rows_kernel[(triton.cdiv(tokens, 32), columns)](
-            firsts, lasts, partials, d_hidden, vocab, tokens, parts_per_text, parts,
+        long_rows_kernel[(triton.cdiv(launched, 32), columns)](
+            firsts, lasts, cu_seqlens, partials, d_hidden, vocab, launched, first, parts_per_text, parts,
             D=dim, PART=configs.PART_ENTRIES, BLOCK_R=32, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
         del order, firsts, lasts, partials  # before the next range has its own

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparton.kernels import configs
-from sparton.kernels.entries import load_active, load_entries, make_entry, store_columns, sum_rows
+from sparton.kernels.entries import activity, in_pairs, load_pair, make_entry, store_columns, sum_rows
 
 
 @triton.jit(do_not_specialize=["B", "first_v", "last_v", "stride_gb"])
@@ -50,20 +50,28 @@ def list_texts_kernel(
     offs_out = text[None, :] * V + offs_v[:, None]
     count = tl.zeros((BLOCK_V,), tl.int32)
     total = tl.zeros((BLOCK_V,), tl.float32)
+    # The next texts' are loaded while these are listed.
+    mask = mask_v[:, None] & (text < B)[None, :]
+    grad = tl.load(grad_ptr + offs_grad, mask=mask, other=0.0)
+    factor = tl.load(factor_ptr + offs_out, mask=mask, other=0.0)
     for first_b in range(0, B, BLOCK_B):
-        mask_b = first_b + text < B
-        g, active = load_active(grad_ptr + offs_grad, factor_ptr + offs_out, mask_v[:, None] & mask_b[None, :])
+        grad_ptr += BLOCK_B * stride_gb
+        factor_ptr += BLOCK_B * V
+        mask = mask_v[:, None] & (first_b + BLOCK_B + text < B)[None, :]
+        next_grad = tl.load(grad_ptr + offs_grad, mask=mask, other=0.0)
+        next_factor = tl.load(factor_ptr + offs_out, mask=mask, other=0.0)
+        g, active = activity(grad, factor)
         total += tl.sum(g, axis=1)
-        if HAS_LIST:
-            row = tl.load(cu_seqlens_ptr + first_b + text, mask=mask_b, other=0)[None, :]
+        one = active.to(tl.int32)
+        if HAS_LIST and tl.max(tl.max(one, axis=1), axis=0) > 0:
+            row = tl.load(cu_seqlens_ptr + first_b + text, mask=first_b + text < B, other=0)[None, :]
             row += tl.load(positions_ptr + offs_out, mask=active, other=0)
-            one = active.to(tl.int32)
             place = count[:, None] + tl.cumsum(one, axis=1) - one
             tl.store(list_ptr + place * words + offs_v[:, None], make_entry(g, row), mask=active)
             count += tl.sum(one, axis=1)
-        grad_ptr += BLOCK_B * stride_gb
-        factor_ptr += BLOCK_B * V
         positions_ptr += BLOCK_B * V
+        grad = next_grad
+        factor = next_factor
     if HAS_LIST:
         tl.store(counts_ptr + begin + offs_v, count, mask=mask_v)
     if HAS_BIAS:
@@ -81,8 +89,8 @@ def weight_grad_kernel(
     stride_hn,
     D: tl.constexpr,
     WORDS: tl.constexpr,
-    ENTRIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """One program: BLOCK_D columns of the gradients of WORDS words one after the other, each written once.
 
@@ -94,16 +102,14 @@ def weight_grad_kernel(
     list_ptr += first
     count = tl.load(counts_ptr + first)
     next_count = tl.load(counts_ptr + first + 1, mask=first + 1 < last, other=0)
-    entries = load_entries(list_ptr, words, 0, count, ENTRIES)
+    pair = load_pair(list_ptr, words, 0, count)
     for word in range(first, last):
         later_count = tl.load(counts_ptr + word + 2, mask=word + 2 < last, other=0)
-        next_entries = load_entries(list_ptr + 1, words, 0, next_count, ENTRIES)
-        total = sum_rows(
-            entries, list_ptr, words, 0, count, hidden_ptr, stride_hn, tl.program_id(1), D, ENTRIES, BLOCK_D
-        )
+        next_pair = load_pair(list_ptr + 1, words, 0, next_count)
+        total = sum_rows(pair, list_ptr, words, 0, count, hidden_ptr, stride_hn, tl.program_id(1), D, BLOCK_D, PAIRS)
         store_columns(grad_weight_ptr + (first_v + word) * D, total, tl.program_id(1), D, BLOCK_D)
         list_ptr += 1
-        entries = next_entries
+        pair = next_pair
         count = next_count
         next_count = later_count
 
@@ -137,5 +143,5 @@ def weight_gradients(
             block_d = configs.weight_columns(dim)
             weight_grad_kernel[(triton.cdiv(last - first, configs.WORDS), triton.cdiv(dim, block_d))](
                 hidden, entries, counts, d_weight, first, last, hidden.stride(0),
-                D=dim, WORDS=configs.WORDS, ENTRIES=configs.ENTRIES, BLOCK_D=block_d, num_warps=1,
+                D=dim, WORDS=configs.WORDS, BLOCK_D=block_d, PAIRS=in_pairs(hidden), num_warps=1,
             )  # fmt: skip

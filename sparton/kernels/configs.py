@@ -151,16 +151,15 @@ def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int
 # Bytes of lists and partial sums that a gradient may take beside its tensors; what needs more is done in ranges. 32
 # texts of 250,002 words fit, so that the rows of their tokens keep every multiprocessor busy.
 WORKSPACE = 88 * 2**20
-# Rows that a sum loads together; those of the next step are under way meanwhile. With 4, rows that are summed at a time
-# drift apart: 1.01 against 0.81 ms for hidden, 0.186 against 0.144 for the weight at 2% (backward_tuning.csv).
-ENTRIES = 2
 # Entries up to which one program sums all columns of a row: most rows have none where few words are active. Not
 # measured.
 FEW_ENTRIES = 4
 # Entries of a part of a long row: a row with twice as many is cut, as the rows of frequent tokens win far more than
-# others. Not measured against other sizes; with parts skewed positions cost 2.0 ms where they cost 5.4 without
-# (backward_tuning.csv, kernels_first_run.csv).
-PART_ENTRIES = 1024
+# others: with parts skewed positions cost 2.0 ms where they cost 5.4 without (backward_tuning.csv,
+# kernels_first_run.csv). Smaller parts are sooner done, but a program is started for each there is room for: 0.217 ms at
+# 0.1% active and 1.91 with skewed positions, 0.224 and 1.81 with half as many, 0.279 at 0.1% with a quarter
+# (backward_tuning.csv).
+PART_ENTRIES = 2048
 # Bytes of the table of words won by (chunk of the vocabulary, row).
 TABLE = 2**23
 # Words of a chunk of that table: at least, a multiple of 256 (many chunks keep many programs busy, and one writes an

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def in_pairs(table: Tensor) -> bool:
+    """Whether the columns of a table, (rows, D), can be loaded two at a time as the halves of an integer."""
+    pairs = table.dtype == torch.bfloat16 and table.shape[1] % 2 == 0 and table.stride(0) % 2 == 0
+    return pairs and table.data_ptr() % 4 == 0
 
 
 @triton.jit
-def load_active(grad_ptr, factor_ptr, mask):
+def activity(grad, factor):
     """Gradient by the maximal logit in float32 (0 where inactive), and which entries are active.
 
     An infinite gradient of an output that did not fire has no effect: hence the selection before the product.
     """
-    factor = tl.load(factor_ptr, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
+    grad = grad.to(tl.float32)
+    factor = factor.to(tl.float32)
     active = (factor > 0.0) & (grad != 0.0)
     return tl.where(active, grad, 0.0) * factor, active
+
+
+@triton.jit
+def load_active(grad_ptr, factor_ptr, mask):
+    """The activity of what stands there, none where masked."""
+    return activity(tl.load(grad_ptr, mask=mask, other=0.0), tl.load(factor_ptr, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -25,49 +39,73 @@ def make_entry(g, row):
 
 
 @triton.jit
-def load_entries(list_ptr, list_stride, first, last, ENTRIES: tl.constexpr):
-    """The entries of a list from place ``first`` on; past its end the last one, of an empty list zeros."""
-    place = tl.minimum(first + tl.arange(0, ENTRIES), last - 1)
-    return tl.load(list_ptr + place * list_stride, mask=last > 0, other=0)
+def load_pair(list_ptr, list_stride, place, last):
+    """The entries of a list at ``place`` and after it; past its end zeros."""
+    list_ptr += place * list_stride
+    first = tl.load(list_ptr, mask=place < last, other=0)
+    return first, tl.load(list_ptr + list_stride, mask=place + 1 < last, other=0)
+
+
+@triton.jit
+def _load_row(entry, wanted, table_ptr, stride, column, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr):
+    """Columns of the row that an entry names, (BLOCK_D,) or half as many pairs of them; zeros where it isn't wanted."""
+    row = entry.to(tl.int32).to(tl.int64)
+    if PAIRS:
+        offs_d = column * (BLOCK_D // 2) + tl.arange(0, BLOCK_D // 2)
+        value_ptr = table_ptr.to(tl.pointer_type(tl.int32)) + row * (stride // 2) + offs_d
+        return tl.load(value_ptr, mask=wanted & (offs_d < D // 2), other=0)
+    else:
+        offs_d = column * BLOCK_D + tl.arange(0, BLOCK_D)
+        return tl.load(table_ptr + row * stride + offs_d, mask=wanted & (offs_d < D), other=0.0)
 
 
 @triton.jit
 def _load_rows(
-    entries, start, last, table_ptr, stride, column, D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr
+    pair, place, last, table_ptr, stride, column, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr
 ):  # fmt: skip
-    """Weights (ENTRIES,) of the entries at the places from ``start`` on, 0 past ``last``, and their rows' columns."""
-    g = (entries >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    g = tl.where(start + tl.arange(0, ENTRIES) < last, g, 0.0)
-    offs_d = column * BLOCK_D + tl.arange(0, BLOCK_D)
-    value_ptr = table_ptr + ((entries & 0xFFFFFFFF) * stride)[:, None] + offs_d[None, :]
-    # One mask for all: what is past the end repeats a row that is there, so nothing else has to be left out.
-    if D % BLOCK_D == 0:
-        return g, tl.load(value_ptr, mask=start < last)
-    else:
-        return g, tl.load(value_ptr, mask=(start < last) & (offs_d < D)[None, :], other=0.0)
+    """Columns of the rows of two entries, the first at ``place``."""
+    first = _load_row(pair[0], place < last, table_ptr, stride, column, D, BLOCK_D, PAIRS)
+    return first, _load_row(pair[1], place + 1 < last, table_ptr, stride, column, D, BLOCK_D, PAIRS)
+
+
+@triton.jit
+def _add_rows(total, pair, rows, PAIRS: tl.constexpr):
+    """Adds the rows of two entries to (BLOCK_D,) sums, each times its weight."""
+    for i in tl.static_range(2):
+        g = (pair[i] >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        row = rows[i]
+        if PAIRS:
+            # A bfloat16 is the upper half of a float32: an instruction for each, where its conversion may take two.
+            even = g * (row << 16).to(tl.float32, bitcast=True)
+            odd = g * (row & -65536).to(tl.float32, bitcast=True)
+            total += tl.reshape(tl.join(even, odd), (2 * row.shape[0],))
+        else:
+            total += g * row.to(tl.float32)
+    return total
 
 
 @triton.jit
 def sum_rows(
-    entries, list_ptr, list_stride, first, last, table_ptr, stride, column,
-    D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_D: tl.constexpr,
+    pair, list_ptr, list_stride, first, last, table_ptr, stride, column,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """``sum g[e] * table[row[e]]`` over the places ``first .. last - 1`` of a list, for one block of columns.
 
-    ``entries`` are the first of them, as :func:`load_entries` gives them. Rows are loaded one step ahead and entries
-    two, so that all loads of a step are under way at once.
+    ``pair`` are the first two entries, as :func:`load_pair` gives them. Two rows are on their way while two are added,
+    and the entries of the next two as well: all loads of a step at once.
     """
     total = tl.zeros((BLOCK_D,), tl.float32)
-    g, values = _load_rows(entries, first, last, table_ptr, stride, column, D, ENTRIES, BLOCK_D)
-    entries = load_entries(list_ptr, list_stride, first + ENTRIES, last, ENTRIES)
-    for start in range(first, last, ENTRIES):
-        next_g, next_values = _load_rows(
-            entries, start + ENTRIES, last, table_ptr, stride, column, D, ENTRIES, BLOCK_D
-        )
-        entries = load_entries(list_ptr, list_stride, start + 2 * ENTRIES, last, ENTRIES)
-        total += tl.sum(g[:, None] * values.to(tl.float32), axis=0)
-        g = next_g
-        values = next_values
+    rows = _load_rows(pair, first, last, table_ptr, stride, column, D, BLOCK_D, PAIRS)
+    next_pair = load_pair(list_ptr, list_stride, first + 2, last)
+    for place in range(first, last, 4):
+        next_rows = _load_rows(next_pair, place + 2, last, table_ptr, stride, column, D, BLOCK_D, PAIRS)
+        later_pair = load_pair(list_ptr, list_stride, place + 4, last)
+        total = _add_rows(total, pair, rows, PAIRS)
+        rows = _load_rows(later_pair, place + 4, last, table_ptr, stride, column, D, BLOCK_D, PAIRS)
+        pair = later_pair
+        later_pair = load_pair(list_ptr, list_stride, place + 6, last)
+        total = _add_rows(total, next_pair, next_rows, PAIRS)
+        next_pair = later_pair
     return total
 
 

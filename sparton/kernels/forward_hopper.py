@@ -216,7 +216,8 @@ def _consume(
     BLOCK_D: gl.constexpr = ring[0].shape[2]
     HALF_V: gl.constexpr = ring[1].shape[1]
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_S, 16])
-    WORDS: gl.constexpr = gl.SliceLayout(1, MMA)
+    GATHERED: gl.constexpr = gl.BlockedLayout([1, BLOCK_S // GROUP // 2, 4], [16, 2, 1], [4, 1, 1], [2, 1, 0])
+    WORDS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, GATHERED))
     num_v = gl.cdiv(V, 2 * HALF_V)
     equal = gl.load(starts_ptr + B + 1)
     step = 0
@@ -226,7 +227,8 @@ def _consume(
         offs_v = first_v + gl.arange(0, HALF_V, layout=WORDS)
         mask_v = offs_v < V
         if HAS_BIAS:
-            bias = gl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(gl.float32)
+            offs_bias = first_v + gl.arange(0, HALF_V, layout=gl.SliceLayout(1, MMA))
+            bias = gl.load(bias_ptr + offs_bias, mask=offs_bias < V, other=0.0).to(gl.float32)
         start = first_row
         end = gl.load(starts_ptr + b + 1)
         length = (gl.load(cu_seqlens_ptr + b + 1) - gl.load(cu_seqlens_ptr + b)).to(gl.int32)
@@ -246,17 +248,16 @@ def _consume(
                 _store_equal(maxima, equal, b, last_b, first_v, V, cu_seqlens_ptr, outputs, GROUP, DOUBLE_LOG)
                 b += BLOCK_S // equal
             else:
-                GROUPS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, maxima.type.layout))
-                offs_s = row + GROUP * gl.arange(0, BLOCK_S // GROUP, layout=GROUPS)
+                # Each thread gets all lanes of half the groups of one word, instead of its lane of all groups of two.
+                groups = _lane_max(gl.convert_layout(maxima, GATHERED))
+                offs_s = row + GROUP * gl.arange(0, BLOCK_S // GROUP, layout=gl.SliceLayout(0, gl.SliceLayout(2, GATHERED)))
                 stop = gl.minimum(row + BLOCK_S, last_row)
                 cursor = row
                 while cursor < stop:
                     # Text b owns the rows from cursor to upto of this tile, and ends there or goes on in the next.
                     upto = gl.minimum(end, stop)
                     inside = (offs_s >= cursor) & (offs_s < upto)
-                    coded = gl.max(gl.where(inside[None, :][:, :, None], maxima, -1), axis=1)
-                    coded = gl.reshape(_lane_max(gl.expand_dims(coded, 1)), [HALF_V])
-                    top, column = _decode(gl.convert_layout(coded, WORDS, assert_trivial=True))
+                    top, column = _decode(gl.max(gl.where(inside[None, :], groups, -1), axis=1))
                     better = top > best  # strictly: a tie stays with the lower position
                     position = gl.where(better, row - start + column, position)
                     best = gl.where(better, top, best)

@@ -106,7 +106,11 @@ hidden, weight = torch.randn(2, 40, 16).cuda().bfloat16(), torch.randn(21, 16).c
 got, want = (sparton.lsr_head(hidden, weight, impl=impl) for impl in ("triton", "tiled"))
 torch.testing.assert_close(got, want)
 """
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("the interpreter of Triton 3.6 runs no loop with NumPy 2.4")
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_amd_s_capabilities_promise_nothing(monkeypatch):

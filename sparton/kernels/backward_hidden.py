@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparton.kernels import configs
 from sparton.kernels.entries import in_pairs, load_active, load_pair, make_entry, store_columns, sum_rows
+from sparton.kernels.forward import INTERPRETED
 
 
 @triton.jit
@@ -400,9 +401,10 @@ def _sort(
         totals, firsts, lasts, cu_seqlens, vocab, rows, first, parts_per_text, parts,
         PART=configs.PART_ENTRIES, BLOCK_R=512, num_warps=4,
     )  # fmt: skip
+    match = grad.is_cuda and torch.version.hip is None and not INTERPRETED
     place_kernel[(chunks, texts)](
         grad, factor, positions, cu_seqlens, words, counts, table, firsts, order, vocab, rows, first, chunk_words,
-        chunks, parts, grad.stride(0), BLOCK_E=32, MATCH=grad.is_cuda and torch.version.hip is None, num_warps=1,
+        chunks, parts, grad.stride(0), BLOCK_E=32, MATCH=match, num_warps=1,
     )  # fmt: skip
     return order, firsts, lasts, parts
 

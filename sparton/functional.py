@@ -85,10 +85,10 @@ def lsr_head(
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    impl = _resolve(impl, hidden.device, dtype)
     out_dtype = dtype if out_dtype is None else out_dtype
     if out_dtype not in DTYPES:
         raise TypeError(f"out_dtype: expected float32, bfloat16, float16, float64 or None, got {out_dtype}")
+    impl = _resolve(impl, hidden.device, dtype)
     if impl == "naive":
         return naive_head(
             hidden, weight, bias, attention_mask, cu_seqlens, max_seqlen, activation, dtype, out_dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -134,12 +136,41 @@ def histogram_kernel(
         tl.store(table_ptr + start + offs_s, won, mask=offs_s < tl.minimum(length, R - start))
 
 
+@triton.jit
+def _order_of_rows(row, cu_seqlens_ptr, first_b, last_b, R, SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Where rows stand in their segments, and where in the order of the first rows of all segments, the second ones ...
+
+    A text's segments have SEGMENT rows each, but for its last one, which may have fewer.
+    """
+    base = tl.load(cu_seqlens_ptr + first_b)
+    start = tl.zeros(row.shape, tl.int32)
+    for begin in range(first_b, last_b, BLOCK_B):
+        offs_b = begin + tl.arange(0, BLOCK_B)
+        first = (tl.load(cu_seqlens_ptr + offs_b, mask=offs_b < last_b, other=base) - base).to(tl.int32)
+        start = tl.maximum(start, tl.max(tl.where(first[:, None] <= row[None, :], first[:, None], 0), axis=0))
+    place = (row - start) % SEGMENT
+    slot = (row - start) // SEGMENT
+    for begin in range(first_b, last_b, BLOCK_B):
+        offs_b = begin + tl.arange(0, BLOCK_B)
+        first = (tl.load(cu_seqlens_ptr + offs_b, mask=offs_b < last_b, other=base) - base).to(tl.int32)
+        last = (tl.load(cu_seqlens_ptr + offs_b + 1, mask=offs_b < last_b, other=base) - base).to(tl.int32)
+        length = tl.maximum(tl.minimum(last, R) - first, 0)
+        whole, rest = (length // SEGMENT)[:, None], (length % SEGMENT)[:, None]
+        slot += tl.sum(whole * place[None, :] + tl.minimum(rest, place[None, :]), axis=0)
+        as_long = whole + (rest > place[None, :]).to(tl.int32)
+        slot += tl.sum(tl.where(last[:, None] <= row[None, :], as_long, 0), axis=0)
+    return place, slot
+
+
 @triton.jit(do_not_specialize=["B", "R", "launched", "num_chunks", "first_b", "last_b", "num_parts"])
 def scan_chunks_kernel(
     table_ptr,
     totals_ptr,
-    firsts_ptr,
-    lasts_ptr,
+    keys_ptr,
+    slots_ptr,
+    begins_ptr,
+    ends_ptr,
+    rows_ptr,
     cu_seqlens_ptr,
     B,
     R,
@@ -148,15 +179,19 @@ def scan_chunks_kernel(
     first_b,
     last_b,
     num_parts,
+    PART: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """One program: for BLOCK_R rows the table becomes sums over the chunks before; ``totals[row]``: over all.
 
-    Until :func:`scan_rows_kernel` knows better, each of the launched rows is to be left alone; with the last range they
-    go on to the end of hidden, and those past the last text get their zeros.
+    ``keys[row]``: larger than those of the segment's other rows of which less is summed whole, or as much further down;
+    ``slots[row]``: the slot of the row that is as far down by keys as ``row`` is by itself.
+    Until :func:`scan_rows_kernel` knows better, all parts and each of the launched rows are to be left alone; with the
+    last range they go on to the end of hidden, and those past the last text get their zeros.
     """
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     total = tl.zeros((BLOCK_R,), tl.int32)
     for first in range(0, num_chunks, BLOCK_C):
@@ -166,18 +201,30 @@ def scan_chunks_kernel(
         won = tl.load(cell, mask=mask, other=0)
         tl.store(cell, total[None, :] + tl.cumsum(won, axis=0) - won, mask=mask)
         total += tl.sum(won, axis=0)
-    tl.store(totals_ptr + offs_r, total, mask=mask_r)
     row = tl.load(cu_seqlens_ptr + first_b) + offs_r
+    total = tl.where(row < tl.load(cu_seqlens_ptr + last_b), total, 0)  # of no text: nobody counted
+    place, slot = _order_of_rows(offs_r, cu_seqlens_ptr, first_b, last_b, R, SEGMENT, 32)
+    key = tl.where(total >= 2 * PART, 0, total) * SEGMENT + (SEGMENT - 1 - place)
+    tl.store(totals_ptr + offs_r, total, mask=mask_r)
+    tl.store(keys_ptr + offs_r, key, mask=mask_r)
+    tl.store(slots_ptr + offs_r, slot, mask=mask_r)
+    nothing = tl.zeros((BLOCK_R,), tl.int32)
     spare = (row >= tl.load(cu_seqlens_ptr + B)) & (row < launched) & (last_b == B)
-    tl.store(firsts_ptr + num_parts + offs_r, tl.zeros((BLOCK_R,), tl.int32), mask=offs_r < launched)
-    tl.store(lasts_ptr + num_parts + offs_r, tl.where(spare, 0, -1), mask=offs_r < launched)
+    tl.store(begins_ptr + num_parts + offs_r, nothing, mask=offs_r < launched)
+    tl.store(ends_ptr + num_parts + offs_r, tl.where(spare, 0, -1), mask=offs_r < launched)
+    tl.store(rows_ptr + num_parts + offs_r, offs_r, mask=offs_r < launched)
+    tl.store(ends_ptr + offs_r, nothing - 1, mask=offs_r < num_parts)
 
 
 @triton.jit(do_not_specialize=["R", "first_b", "parts_per_text", "num_parts"])
 def scan_rows_kernel(
     totals_ptr,
+    keys_ptr,
+    slots_ptr,
     firsts_ptr,
-    lasts_ptr,
+    begins_ptr,
+    ends_ptr,
+    rows_ptr,
     cu_seqlens_ptr,
     V,
     R,
@@ -185,46 +232,63 @@ def scan_rows_kernel(
     parts_per_text,
     num_parts,
     PART: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
-    """One program: the spans of one text in the order: of each part of its long rows, then of each of its rows.
+    """One program: the spans of BLOCK_R rows of one text, and of the parts of the long ones among them.
 
-    A span is ``firsts[i] .. lasts[i] - 1``. A row with n >= 2 * PART words is long and has n // PART parts, of PART
-    words each but for the last one, which has the rest too; instead of its end it has the negative number of its parts.
-    Parts thus begin at least PART places apart, at most one between two multiples of PART, whose number is the part's.
+    A span is ``begins[i] .. ends[i] - 1``, of row ``rows[i]``; ``firsts[row]``: where the row's entries begin.
+    A row with n >= 2 * PART words is long and has n // PART parts, of PART words each but for the last one, which has
+    the rest too; its own span is left alone. Parts begin at least PART places apart, at most one between two multiples
+    of PART, whose number is the part's.
+
+    The rows that win most of a segment take its first slots: spans that are summed at a time have about as many words,
+    so they stand at about the same word all the time, whose row of the weight stays in the L2.
     """
     text = tl.program_id(0)
     start, length = _rows_of(cu_seqlens_ptr, first_b + text, first_b)
     length = tl.minimum(length, R - start)
-    part_ptr = lasts_ptr + text * parts_per_text
-    for low in range(0, parts_per_text, BLOCK_R):
-        offs_p = low + tl.arange(0, BLOCK_R)
-        tl.store(part_ptr + offs_p, tl.zeros((BLOCK_R,), tl.int32) - 1, mask=offs_p < parts_per_text)
-    tl.debug_barrier()  # other threads write the parts that there are
-    before = 0
-    for low in range(0, length, BLOCK_R):
+    low = tl.program_id(1) * BLOCK_R
+    if low < length:
+        totals_ptr += start
+        keys_ptr += start
         offs_s = low + tl.arange(0, BLOCK_R)
         mask = offs_s < length
-        total = tl.load(totals_ptr + start + offs_s, mask=mask, other=0)
-        end = before + tl.cumsum(total, axis=0)
-        first = end - total
+        total = tl.load(totals_ptr + offs_s, mask=mask, other=0)
+        key = tl.load(keys_ptr + offs_s, mask=mask, other=0)
+        segment = low // SEGMENT * SEGMENT
+        before = 0
+        for other in range(0, segment, SEGMENT):
+            before += tl.sum(tl.load(totals_ptr + other + tl.arange(0, SEGMENT)), axis=0)
+        first = tl.zeros((BLOCK_R,), tl.int32) + before
+        rank = tl.zeros((BLOCK_R,), tl.int32)
+        for other in range(segment, tl.minimum(segment + SEGMENT, length), BLOCK_O):
+            offs_o = other + tl.arange(0, BLOCK_O)
+            other_total = tl.load(totals_ptr + offs_o, mask=offs_o < length, other=0)[:, None]
+            other_key = tl.load(keys_ptr + offs_o, mask=offs_o < length, other=-1)[:, None]
+            first += tl.sum(tl.where(offs_o[:, None] < offs_s[None, :], other_total, 0), axis=0)
+            rank += tl.sum((other_key > key[None, :]).to(tl.int32), axis=0)
+        first += text * V
+        end = first + total
         parts = total // PART
-        row = num_parts + start + offs_s
-        tl.store(firsts_ptr + row, text * V + first, mask=mask)
-        tl.store(lasts_ptr + row, tl.where(parts >= 2, -parts, text * V + end), mask=mask)
+        tl.store(firsts_ptr + start + offs_s, first, mask=mask)
+        span = num_parts + tl.load(slots_ptr + start + segment + rank, mask=mask, other=0)
+        tl.store(begins_ptr + span, first, mask=mask)
+        tl.store(ends_ptr + span, tl.where(parts >= 2, -1, end), mask=mask)
+        tl.store(rows_ptr + span, start + offs_s, mask=mask)
         most = tl.max(parts, axis=0)
         if most >= 2:
             for part in range(0, most):
                 begin = first + part * PART
                 stop = tl.where(part == parts - 1, end, begin + PART)
-                number = text * parts_per_text + begin // PART
+                number = text * parts_per_text + (begin - text * V) // PART
                 chosen = (parts >= 2) & (part < parts)
-                tl.store(firsts_ptr + number, text * V + begin, mask=chosen)
-                tl.store(lasts_ptr + number, text * V + stop, mask=chosen)
-        before += tl.sum(total, axis=0)
+                tl.store(begins_ptr + number, begin, mask=chosen)
+                tl.store(ends_ptr + number, stop, mask=chosen)
 
 
-@triton.jit(do_not_specialize=["R", "first_b", "chunk_words", "num_chunks", "num_parts", "stride_gb"])
+@triton.jit(do_not_specialize=["R", "first_b", "chunk_words", "num_chunks", "stride_gb"])
 def place_kernel(
     grad_ptr,
     factor_ptr,
@@ -240,7 +304,6 @@ def place_kernel(
     first_b,
     chunk_words,
     num_chunks,
-    num_parts,
     stride_gb,
     BLOCK_E: tl.constexpr,
     MATCH: tl.constexpr,
@@ -262,7 +325,7 @@ def place_kernel(
     grad_ptr += b * stride_gb + begin
     factor_ptr += b * V + begin
     table_ptr += chunk.to(tl.int64) * R + start
-    firsts_ptr += num_parts + start
+    firsts_ptr += start
     offs = tl.arange(0, BLOCK_E)
     # Words are loaded two steps ahead and positions one: what is left to wait for is the table.
     word = tl.load(words_ptr + offs, mask=offs < n, other=0).to(tl.int32)
@@ -290,50 +353,65 @@ def place_kernel(
         next_word = later_word
 
 
-@triton.jit(do_not_specialize=["first_b", "num_parts"])
+@triton.jit(do_not_specialize=["first_b", "num_parts", "num_spans"])
 def hidden_grad_kernel(
     weight_ptr,
     order_ptr,
-    firsts_ptr,
-    lasts_ptr,
+    begins_ptr,
+    ends_ptr,
+    rows_ptr,
     cu_seqlens_ptr,
     partials_ptr,
     grad_hidden_ptr,
     first_b,
     num_parts,
+    num_spans,
     stride_wv,
     D: tl.constexpr,
     FEW_ENTRIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One program: BLOCK_D columns of the sum over one span, a partial sum or the gradient of a row.
+    """One program: BLOCK_D columns of the sum over the span of a part, or of those of ROWS rows, one or two.
 
-    The program for the first columns of a span with few entries does them all.
+    The second row's span is as far from the last one as the first row's is from that of the first: together the rows of
+    all programs have about as many words. The program for the first columns of a span with few entries does them all.
     """
-    program = tl.program_id(0).to(tl.int64)
-    first = tl.load(firsts_ptr + program)
-    last = tl.load(lasts_ptr + program)
-    begin = tl.load(cu_seqlens_ptr + first_b)
-    column = tl.program_id(1)
-    columns = column + 1
-    if last - first <= FEW_ENTRIES:
-        columns = tl.where(column == 0, tl.num_programs(1), 0)
-    if last >= 0:
-        pair = load_pair(order_ptr, 1, first, last)
-        for block in range(column, columns):
-            total = sum_rows(pair, order_ptr, 1, first, last, weight_ptr, stride_wv, block, D, BLOCK_D, PAIRS)
-            if program < num_parts:
-                store_columns(partials_ptr + program * D, total, block, D, BLOCK_D)
-            else:
-                row = begin + program - num_parts
-                store_columns(grad_hidden_ptr + row * D, total, block, D, BLOCK_D)
+    span = tl.program_id(0)
+    base = tl.load(cu_seqlens_ptr + first_b).to(tl.int64)
+    first = tl.load(begins_ptr + span)
+    last = tl.load(ends_ptr + span)
+    row = tl.load(rows_ptr + span, mask=span >= num_parts, other=0)
+    turns = 1
+    other_first, other_last, other_row = first, last, row
+    if ROWS == 2:
+        other = num_spans - 1 - (span - num_parts)
+        has_other = (span >= num_parts) & (other > span)
+        turns += has_other.to(tl.int32)
+        other_first = tl.load(begins_ptr + other, mask=has_other, other=0)
+        other_last = tl.load(ends_ptr + other, mask=has_other, other=0)
+        other_row = tl.load(rows_ptr + other, mask=has_other, other=0)
+    for _ in range(turns):
+        column = tl.program_id(1)
+        columns = column + 1
+        if last - first <= FEW_ENTRIES:
+            columns = tl.where(column == 0, tl.num_programs(1), 0)
+        if last >= 0:
+            pair = load_pair(order_ptr, 1, first, last)
+            for block in range(column, columns):
+                total = sum_rows(pair, order_ptr, 1, first, last, weight_ptr, stride_wv, block, D, BLOCK_D, PAIRS)
+                if span < num_parts:
+                    store_columns(partials_ptr + span.to(tl.int64) * D, total, block, D, BLOCK_D)
+                else:
+                    store_columns(grad_hidden_ptr + (base + row) * D, total, block, D, BLOCK_D)
+        first, last, row = other_first, other_last, other_row
 
 
-@triton.jit(do_not_specialize=["R", "first_b", "parts_per_text", "num_parts"])
+@triton.jit(do_not_specialize=["R", "first_b", "parts_per_text"])
 def long_rows_kernel(
+    totals_ptr,
     firsts_ptr,
-    lasts_ptr,
     cu_seqlens_ptr,
     partials_ptr,
     grad_hidden_ptr,
@@ -341,7 +419,6 @@ def long_rows_kernel(
     R,
     first_b,
     parts_per_text,
-    num_parts,
     D: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -350,13 +427,13 @@ def long_rows_kernel(
     """One program: the gradients of the long ones among BLOCK_R rows, from their partial sums in their order."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK_R
     offs_r = begin + tl.arange(0, BLOCK_R)
-    if tl.min(tl.load(lasts_ptr + num_parts + offs_r, mask=offs_r < R, other=0), axis=0) <= -2:
+    if tl.max(tl.load(totals_ptr + offs_r, mask=offs_r < R, other=0), axis=0) >= 2 * PART:
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         grad_hidden_ptr += tl.load(cu_seqlens_ptr + first_b).to(tl.int64) * D
         for row in range(begin, tl.minimum(begin + BLOCK_R, R)):
-            parts = -tl.load(lasts_ptr + num_parts + row)
+            parts = tl.load(totals_ptr + row) // PART
             if parts >= 2:
-                first = tl.load(firsts_ptr + num_parts + row)
+                first = tl.load(firsts_ptr + row)
                 number = (first // V * parts_per_text + first % V // PART).to(tl.int64)
                 total = tl.zeros((BLOCK_D,), tl.float32)
                 for part in range(0, parts):
@@ -364,21 +441,40 @@ def long_rows_kernel(
                 store_columns(grad_hidden_ptr + row * D, total, tl.program_id(1), D, BLOCK_D)
 
 
+@dataclass(frozen=True)
+class _Sorted:
+    """The active words of some texts, ordered by row, and what is to be summed apart of them.
+
+    Attributes:
+        order: (texts * V,) entries, int64.
+        firsts: (rows,) where a row's entries begin; totals: (rows,) how many it has.
+        begins, ends, rows: (spans,) places in the order and the row of each span, those of parts of long rows first.
+        num_parts: how many spans are for parts.
+    """
+
+    order: Tensor
+    firsts: Tensor
+    totals: Tensor
+    begins: Tensor
+    ends: Tensor
+    rows: Tensor
+    num_parts: int
+
+
 def _sort(
     grad: Tensor,
     factor: Tensor,
     positions: Tensor,
     cu_seqlens: Tensor,
+    max_seqlen: int,
     first: int,
     last: int,
     rows: int,
     launched: int,
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> _Sorted:
     """Orders the active words of the texts ``first`` .. ``last - 1``, which have at most ``rows`` rows, by row.
 
-    Returns:
-        The order, (texts * V,) entries; the first and last places in it of what is summed apart, int32: parts of long
-        rows, then ``launched`` rows from these texts' first one on; how many parts there is room for.
+    There are spans for parts of long rows and for ``launched`` rows from these texts' first one on.
     """
     (batch, vocab), device, texts = factor.shape, factor.device, last - first
     chunk_words = configs.chunk_words(vocab, rows)
@@ -386,27 +482,29 @@ def _sort(
     parts = texts * parts_per_text
     order, words = (torch.empty(texts * vocab, dtype=dtype, device=device) for dtype in (torch.int64, torch.int16))
     # In multiples of 16 bytes, as the alignment of a pointer is compiled in.
-    sizes = [-(-size // 4) * 4 for size in (texts * chunks, chunks * rows, rows, parts + launched, parts + launched)]
-    counts, table, totals, firsts, lasts = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    sizes = [texts * chunks, chunks * rows, *[rows] * 4, *[parts + launched] * 3]
+    sizes = [-(-size // 4) * 4 for size in sizes]
+    buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    counts, table, totals, keys, slots, firsts, *spans = buffer.split(sizes)
     histogram_kernel[(chunks, texts)](
         grad, factor, positions, cu_seqlens, words, counts, table, vocab, rows, first, chunk_words, chunks,
         grad.stride(0), BLOCK_I=configs.LEAST_CHUNK_WORDS // 64, BLOCK_J=64, BLOCK_E=512, BLOCK_FEW=64,
         BINS=256 if positions.itemsize == 1 else 512, num_warps=2,
     )  # fmt: skip
-    scan_chunks_kernel[(triton.cdiv(launched, 32),)](
-        table, totals, firsts, lasts, cu_seqlens, batch, rows, launched, chunks, first, last, parts,
-        BLOCK_C=128, BLOCK_R=32, num_warps=4,
+    scan_chunks_kernel[(triton.cdiv(max(launched, parts), 32),)](
+        table, totals, keys, slots, *spans, cu_seqlens, batch, rows, launched, chunks, first, last, parts,
+        PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_C=128, BLOCK_R=32, num_warps=4,
     )  # fmt: skip
-    scan_rows_kernel[(texts,)](
-        totals, firsts, lasts, cu_seqlens, vocab, rows, first, parts_per_text, parts,
-        PART=configs.PART_ENTRIES, BLOCK_R=512, num_warps=4,
+    scan_rows_kernel[(texts, triton.cdiv(min(max_seqlen, rows), 128))](
+        totals, keys, slots, firsts, *spans, cu_seqlens, vocab, rows, first, parts_per_text, parts,
+        PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_R=128, BLOCK_O=32, num_warps=4,
     )  # fmt: skip
     match = grad.is_cuda and torch.version.hip is None and not INTERPRETED
     place_kernel[(chunks, texts)](
         grad, factor, positions, cu_seqlens, words, counts, table, firsts, order, vocab, rows, first, chunk_words,
-        chunks, parts, grad.stride(0), BLOCK_E=32, MATCH=match, num_warps=1,
+        chunks, grad.stride(0), BLOCK_E=32, MATCH=match, num_warps=1,
     )  # fmt: skip
-    return order, firsts, lasts, parts
+    return _Sorted(order, firsts, totals, *spans, parts)
 
 
 def hidden_gradient(
@@ -433,15 +531,18 @@ def hidden_gradient(
         last = min(first + step, batch)
         rows = min(tokens, (last - first) * max_seqlen)
         launched = tokens if last == batch else rows
-        order, firsts, lasts, parts = _sort(grad, factor, positions, cu_seqlens, first, last, rows, launched)
-        partials = torch.empty(parts, dim, dtype=torch.float32, device=grad.device)
+        found = _sort(grad, factor, positions, cu_seqlens, max_seqlen, first, last, rows, launched)
+        partials = torch.empty(found.num_parts, dim, dtype=torch.float32, device=grad.device)
+        rows_each = 2 if launched * columns >= configs.TWO_ROWS_FROM else 1
         # Parts first: the longest.
-        hidden_grad_kernel[(parts + launched, columns)](
-            weight, order, firsts, lasts, cu_seqlens, partials, d_hidden, first, parts, weight.stride(0),
-            D=dim, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, PAIRS=in_pairs(weight), num_warps=1,
+        hidden_grad_kernel[(found.num_parts + triton.cdiv(launched, rows_each), columns)](
+            weight, found.order, found.begins, found.ends, found.rows, cu_seqlens, partials, d_hidden,
+            first, found.num_parts, found.num_parts + launched, weight.stride(0),
+            D=dim, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, PAIRS=in_pairs(weight), ROWS=rows_each,
+            num_warps=1,
         )  # fmt: skip
-        long_rows_kernel[(triton.cdiv(launched, 32), columns)](
-            firsts, lasts, cu_seqlens, partials, d_hidden, vocab, launched, first, parts_per_text, parts,
+        long_rows_kernel[(triton.cdiv(rows, 32), columns)](
+            found.totals, found.firsts, cu_seqlens, partials, d_hidden, vocab, rows, first, parts_per_text,
             D=dim, PART=configs.PART_ENTRIES, BLOCK_R=32, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
-        del order, firsts, lasts, partials  # before the next range has its own
+        del found, partials  # before the next range has its own

@@ -160,6 +160,10 @@ FEW_ENTRIES = 4
 # 0.1% active and 1.91 with skewed positions, 0.224 and 1.81 with half as many, 0.279 at 0.1% with a quarter
 # (backward_tuning.csv).
 PART_ENTRIES = 2048
+# Rows of a text that are put in the order of the words they win, a power of two.
+SEGMENT = 512
+# Rows times blocks of columns from which a program sums two rows.
+TWO_ROWS_FROM = 2**15
 # Bytes of the table of words won by (chunk of the vocabulary, row).
 TABLE = 2**23
 # Words of a chunk of that table: at least, a multiple of 256 (many chunks keep many programs busy, and one writes an

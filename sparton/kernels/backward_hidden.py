@@ -236,7 +236,7 @@ def scan_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """One program: the spans of BLOCK_R rows of one text, and of the parts of the long ones among them.
+    """One program: the spans of some of the rows of one text, and of the parts of the long ones among them.
 
     A span is ``begins[i] .. ends[i] - 1``, of row ``rows[i]``; ``firsts[row]``: where the row's entries begin.
     A row with n >= 2 * PART words is long and has n // PART parts, of PART words each but for the last one, which has
@@ -249,10 +249,9 @@ def scan_rows_kernel(
     text = tl.program_id(0)
     start, length = _rows_of(cu_seqlens_ptr, first_b + text, first_b)
     length = tl.minimum(length, R - start)
-    low = tl.program_id(1) * BLOCK_R
-    if low < length:
-        totals_ptr += start
-        keys_ptr += start
+    totals_ptr += start
+    keys_ptr += start
+    for low in range(tl.program_id(1) * BLOCK_R, length, tl.num_programs(1) * BLOCK_R):
         offs_s = low + tl.arange(0, BLOCK_R)
         mask = offs_s < length
         total = tl.load(totals_ptr + offs_s, mask=mask, other=0)
@@ -353,7 +352,7 @@ def place_kernel(
         next_word = later_word
 
 
-@triton.jit(do_not_specialize=["first_b", "num_parts", "num_spans"])
+@triton.jit(do_not_specialize=["first_b", "num_parts"])
 def hidden_grad_kernel(
     weight_ptr,
     order_ptr,
@@ -365,47 +364,33 @@ def hidden_grad_kernel(
     grad_hidden_ptr,
     first_b,
     num_parts,
-    num_spans,
-    stride_wv,
+    STRIDE: tl.constexpr,
     D: tl.constexpr,
     FEW_ENTRIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    """One program: BLOCK_D columns of the sum over the span of a part, or of those of ROWS rows, one or two.
+    """One program: its share of the columns of the sum over one span, of a part or a row, block by block.
 
-    The second row's span is as far from the last one as the first row's is from that of the first: together the rows of
-    all programs have about as many words. The program for the first columns of a span with few entries does them all.
+    The program for the first columns of a span with few entries does them all.
     """
     span = tl.program_id(0)
     base = tl.load(cu_seqlens_ptr + first_b).to(tl.int64)
     first = tl.load(begins_ptr + span)
     last = tl.load(ends_ptr + span)
     row = tl.load(rows_ptr + span, mask=span >= num_parts, other=0)
-    turns = 1
-    other_first, other_last, other_row = first, last, row
-    if ROWS == 2:
-        other = num_spans - 1 - (span - num_parts)
-        has_other = (span >= num_parts) & (other > span)
-        turns += has_other.to(tl.int32)
-        other_first = tl.load(begins_ptr + other, mask=has_other, other=0)
-        other_last = tl.load(ends_ptr + other, mask=has_other, other=0)
-        other_row = tl.load(rows_ptr + other, mask=has_other, other=0)
-    for _ in range(turns):
-        column = tl.program_id(1)
-        columns = column + 1
-        if last - first <= FEW_ENTRIES:
-            columns = tl.where(column == 0, tl.num_programs(1), 0)
-        if last >= 0:
-            pair = load_pair(order_ptr, 1, first, last)
-            for block in range(column, columns):
-                total = sum_rows(pair, order_ptr, 1, first, last, weight_ptr, stride_wv, block, D, BLOCK_D, PAIRS)
-                if span < num_parts:
-                    store_columns(partials_ptr + span.to(tl.int64) * D, total, block, D, BLOCK_D)
-                else:
-                    store_columns(grad_hidden_ptr + (base + row) * D, total, block, D, BLOCK_D)
-        first, last, row = other_first, other_last, other_row
+    column = tl.program_id(1)
+    columns = column + 1
+    if last - first <= FEW_ENTRIES:
+        columns = tl.where(column == 0, tl.num_programs(1), 0)
+    if last >= 0:
+        pair = load_pair(order_ptr, 1, first, last)
+        for block in range(column, columns):
+            total = sum_rows(pair, order_ptr, 1, first, last, weight_ptr, block, STRIDE, D, BLOCK_D, PAIRS)
+            if span < num_parts:
+                store_columns(partials_ptr + span.to(tl.int64) * D, total, block, D, BLOCK_D)
+            else:
+                store_columns(grad_hidden_ptr + (base + row) * D, total, block, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["R", "first_b", "parts_per_text"])
@@ -488,16 +473,16 @@ def _sort(
     counts, table, totals, keys, slots, firsts, *spans = buffer.split(sizes)
     histogram_kernel[(chunks, texts)](
         grad, factor, positions, cu_seqlens, words, counts, table, vocab, rows, first, chunk_words, chunks,
-        grad.stride(0), BLOCK_I=configs.LEAST_CHUNK_WORDS // 64, BLOCK_J=64, BLOCK_E=512, BLOCK_FEW=64,
-        BINS=256 if positions.itemsize == 1 else 512, num_warps=2,
+        grad.stride(0), BLOCK_I=min(configs.HI[0], configs.LEAST_CHUNK_WORDS // 64), BLOCK_J=64, BLOCK_E=configs.HI[2], BLOCK_FEW=64,
+        BINS=256 if positions.itemsize == 1 else 512, num_warps=configs.HI[1],
     )  # fmt: skip
     scan_chunks_kernel[(triton.cdiv(max(launched, parts), 32),)](
         table, totals, keys, slots, *spans, cu_seqlens, batch, rows, launched, chunks, first, last, parts,
         PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_C=128, BLOCK_R=32, num_warps=4,
     )  # fmt: skip
-    scan_rows_kernel[(texts, triton.cdiv(min(max_seqlen, rows), 128))](
+    scan_rows_kernel[(texts, triton.cdiv(min(max_seqlen, rows), configs.RO[0]))](
         totals, keys, slots, firsts, *spans, cu_seqlens, vocab, rows, first, parts_per_text, parts,
-        PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_R=128, BLOCK_O=32, num_warps=4,
+        PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_R=configs.RO[0], BLOCK_O=configs.RO[1], num_warps=configs.RO[2],
     )  # fmt: skip
     match = grad.is_cuda and torch.version.hip is None and not INTERPRETED
     place_kernel[(chunks, texts)](
@@ -533,13 +518,11 @@ def hidden_gradient(
         launched = tokens if last == batch else rows
         found = _sort(grad, factor, positions, cu_seqlens, max_seqlen, first, last, rows, launched)
         partials = torch.empty(found.num_parts, dim, dtype=torch.float32, device=grad.device)
-        rows_each = 2 if launched * columns >= configs.TWO_ROWS_FROM else 1
         # Parts first: the longest.
-        hidden_grad_kernel[(found.num_parts + triton.cdiv(launched, rows_each), columns)](
+        hidden_grad_kernel[(found.num_parts + launched, columns)](
             weight, found.order, found.begins, found.ends, found.rows, cu_seqlens, partials, d_hidden,
-            first, found.num_parts, found.num_parts + launched, weight.stride(0),
-            D=dim, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, PAIRS=in_pairs(weight), ROWS=rows_each,
-            num_warps=1,
+            first, found.num_parts,
+            STRIDE=weight.stride(0), D=dim, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, PAIRS=in_pairs(weight), num_warps=1,
         )  # fmt: skip
         long_rows_kernel[(triton.cdiv(rows, 32), columns)](
             found.totals, found.firsts, cu_seqlens, partials, d_hidden, vocab, rows, first, parts_per_text,

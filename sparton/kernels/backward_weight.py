@@ -86,7 +86,7 @@ def weight_grad_kernel(
     grad_weight_ptr,
     first_v,
     last_v,
-    stride_hn,
+    STRIDE: tl.constexpr,
     D: tl.constexpr,
     WORDS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -96,6 +96,7 @@ def weight_grad_kernel(
 
     Counts are loaded two words ahead and a word's first entries one word ahead: most words have few.
     """
+    column = tl.program_id(1) if D > BLOCK_D else 0
     words = last_v - first_v
     first = tl.program_id(0).to(tl.int64) * WORDS
     last = tl.minimum(first + WORDS, words)
@@ -106,8 +107,8 @@ def weight_grad_kernel(
     for word in range(first, last):
         later_count = tl.load(counts_ptr + word + 2, mask=word + 2 < last, other=0)
         next_pair = load_pair(list_ptr + 1, words, 0, next_count)
-        total = sum_rows(pair, list_ptr, words, 0, count, hidden_ptr, stride_hn, tl.program_id(1), D, BLOCK_D, PAIRS)
-        store_columns(grad_weight_ptr + (first_v + word) * D, total, tl.program_id(1), D, BLOCK_D)
+        total = sum_rows(pair, list_ptr, words, 0, count, hidden_ptr, column, STRIDE, D, BLOCK_D, PAIRS)
+        store_columns(grad_weight_ptr + (first_v + word) * D, total, column, D, BLOCK_D)
         list_ptr += 1
         pair = next_pair
         count = next_count
@@ -134,14 +135,14 @@ def weight_gradients(
     counts = torch.empty(step if has_list else 0, dtype=torch.int32, device=device)
     for first in range(0, vocab, step):
         last = min(first + step, vocab)
-        list_texts_kernel[(triton.cdiv(last - first, 32),)](
+        list_texts_kernel[(triton.cdiv(last - first, configs.LI[1]),)](
             grad, factor, positions, cu_seqlens, entries, counts, d_bias, batch, vocab, first, last, grad.stride(0),
-            HAS_LIST=has_list, HAS_BIAS=d_bias is not None, BLOCK_B=8, BLOCK_V=32, num_warps=1,
+            HAS_LIST=has_list, HAS_BIAS=d_bias is not None, BLOCK_B=configs.LI[0], BLOCK_V=configs.LI[1], num_warps=configs.LI[2],
         )  # fmt: skip
         if has_list:
             dim = d_weight.shape[1]
             block_d = configs.weight_columns(dim)
             weight_grad_kernel[(triton.cdiv(last - first, configs.WORDS), triton.cdiv(dim, block_d))](
-                hidden, entries, counts, d_weight, first, last, hidden.stride(0),
+                hidden, entries, counts, d_weight, first, last, STRIDE=hidden.stride(0),
                 D=dim, WORDS=configs.WORDS, BLOCK_D=block_d, PAIRS=in_pairs(hidden), num_warps=1,
             )  # fmt: skip

@@ -162,8 +162,10 @@ FEW_ENTRIES = 4
 PART_ENTRIES = 2048
 # Rows of a text that are put in the order of the words they win, a power of two.
 SEGMENT = 512
-# Rows times blocks of columns from which a program sums two rows.
-TWO_ROWS_FROM = 2**15
+WHOLE_ROWS_FROM = 2**40
+RO = (16, 512, 4)
+HI = (16, 2, 512)
+LI = (8, 32, 1)
 # Bytes of the table of words won by (chunk of the vocabulary, row).
 TABLE = 2**23
 # Words of a chunk of that table: at least, a multiple of 256 (many chunks keep many programs busy, and one writes an

@@ -47,25 +47,30 @@ def load_pair(list_ptr, list_stride, place, last):
 
 
 @triton.jit
-def _load_row(entry, wanted, table_ptr, stride, column, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr):
-    """Columns of the row that an entry names, (BLOCK_D,) or half as many pairs of them; zeros where it isn't wanted."""
+def _load_row(
+    entry, wanted, table_ptr, column, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """Columns of the row that an entry names, (BLOCK_D,) or half as many pairs of them; zeros where it isn't wanted.
+
+    Columns from D on may hold anything; where ``wanted`` is None it is.
+    """
     row = entry.to(tl.int32).to(tl.int64)
     if PAIRS:
         offs_d = column * (BLOCK_D // 2) + tl.arange(0, BLOCK_D // 2)
-        value_ptr = table_ptr.to(tl.pointer_type(tl.int32)) + row * (stride // 2) + offs_d
-        return tl.load(value_ptr, mask=wanted & (offs_d < D // 2), other=0)
+        value_ptr = table_ptr.to(tl.pointer_type(tl.int32)) + row * (STRIDE // 2) + offs_d
+        mask = offs_d < D // 2
     else:
         offs_d = column * BLOCK_D + tl.arange(0, BLOCK_D)
-        return tl.load(table_ptr + row * stride + offs_d, mask=wanted & (offs_d < D), other=0.0)
-
-
-@triton.jit
-def _load_rows(
-    pair, place, last, table_ptr, stride, column, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr
-):  # fmt: skip
-    """Columns of the rows of two entries, the first at ``place``."""
-    first = _load_row(pair[0], place < last, table_ptr, stride, column, D, BLOCK_D, PAIRS)
-    return first, _load_row(pair[1], place + 1 < last, table_ptr, stride, column, D, BLOCK_D, PAIRS)
+        value_ptr = table_ptr + row * STRIDE + offs_d
+        mask = offs_d < D
+    if wanted is None:
+        if D % BLOCK_D == 0:
+            value = tl.load(value_ptr)
+        else:
+            value = tl.load(value_ptr, mask=mask)
+    else:
+        value = tl.load(value_ptr, mask=mask & wanted, other=0)
+    return value
 
 
 @triton.jit
@@ -85,27 +90,69 @@ def _add_rows(total, pair, rows, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(
+    pair, place, last, table_ptr, column, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Columns of the rows of two entries, the first at ``place``."""
+    if MASKED:
+        first = _load_row(pair[0], place < last, table_ptr, column, STRIDE, D, BLOCK_D, PAIRS)
+        second = _load_row(pair[1], place + 1 < last, table_ptr, column, STRIDE, D, BLOCK_D, PAIRS)
+    else:
+        first = _load_row(pair[0], None, table_ptr, column, STRIDE, D, BLOCK_D, PAIRS)
+        second = _load_row(pair[1], None, table_ptr, column, STRIDE, D, BLOCK_D, PAIRS)
+    return first, second
+
+
+@triton.jit
+def _load_entries(list_ptr, list_stride, place, last, MASKED: tl.constexpr):
+    if MASKED:
+        first, second = load_pair(list_ptr, list_stride, place, last)
+    else:
+        list_ptr += place * list_stride
+        first, second = tl.load(list_ptr), tl.load(list_ptr + list_stride)
+    return first, second
+
+
+@triton.jit
+def _sum_four(
+    total, pair, next_pair, rows, list_ptr, list_stride, place, last, table_ptr, column,
+    STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    next_rows = _load_rows(next_pair, place + 2, last, table_ptr, column, STRIDE, D, BLOCK_D, PAIRS, MASKED)
+    later_pair = _load_entries(list_ptr, list_stride, place + 4, last, MASKED)
+    total = _add_rows(total, pair, rows, PAIRS)
+    rows = _load_rows(later_pair, place + 4, last, table_ptr, column, STRIDE, D, BLOCK_D, PAIRS, MASKED)
+    pair = later_pair
+    later_pair = _load_entries(list_ptr, list_stride, place + 6, last, MASKED)
+    total = _add_rows(total, next_pair, next_rows, PAIRS)
+    return total, pair, later_pair, rows
+
+
+@triton.jit
 def sum_rows(
-    pair, list_ptr, list_stride, first, last, table_ptr, stride, column,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr,
+    pair, list_ptr, list_stride, first, last, table_ptr, column,
+    STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """``sum g[e] * table[row[e]]`` over the places ``first .. last - 1`` of a list, for one block of columns.
 
     ``pair`` are the first two entries, as :func:`load_pair` gives them. Two rows are on their way while two are added,
-    and the entries of the next two as well: all loads of a step at once.
+    and the entries of the next two as well: all loads of a step at once. Nothing is masked until the last steps.
     """
     total = tl.zeros((BLOCK_D,), tl.float32)
-    rows = _load_rows(pair, first, last, table_ptr, stride, column, D, BLOCK_D, PAIRS)
+    rows = _load_rows(pair, first, last, table_ptr, column, STRIDE, D, BLOCK_D, PAIRS, True)
     next_pair = load_pair(list_ptr, list_stride, first + 2, last)
-    for place in range(first, last, 4):
-        next_rows = _load_rows(next_pair, place + 2, last, table_ptr, stride, column, D, BLOCK_D, PAIRS)
-        later_pair = load_pair(list_ptr, list_stride, place + 4, last)
-        total = _add_rows(total, pair, rows, PAIRS)
-        rows = _load_rows(later_pair, place + 4, last, table_ptr, stride, column, D, BLOCK_D, PAIRS)
-        pair = later_pair
-        later_pair = load_pair(list_ptr, list_stride, place + 6, last)
-        total = _add_rows(total, next_pair, next_rows, PAIRS)
-        next_pair = later_pair
+    whole = tl.maximum(last - first - 4, 0) // 4 * 4
+    for place in range(first, first + whole, 4):
+        total, pair, next_pair, rows = _sum_four(
+            total, pair, next_pair, rows, list_ptr, list_stride, place, last, table_ptr, column,
+            STRIDE, D, BLOCK_D, PAIRS, False,
+        )  # fmt: skip
+    for place in range(first + whole, last, 4):
+        total, pair, next_pair, rows = _sum_four(
+            total, pair, next_pair, rows, list_ptr, list_stride, place, last, table_ptr, column,
+            STRIDE, D, BLOCK_D, PAIRS, True,
+        )  # fmt: skip
     return total
 
 

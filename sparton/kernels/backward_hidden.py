@@ -162,14 +162,19 @@ def _order_of_rows(row, cu_seqlens_ptr, first_b, last_b, R, SEGMENT: tl.constexp
     return place, slot
 
 
+@triton.jit
+def _make_span(first, count):
+    """What is summed apart, int64: ``count`` entries from ``first`` on, or nothing at all where ``count`` is -1."""
+    return (count.to(tl.int64) << 32) | first.to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["B", "R", "launched", "num_chunks", "first_b", "last_b", "num_parts"])
 def scan_chunks_kernel(
     table_ptr,
     totals_ptr,
     keys_ptr,
     slots_ptr,
-    begins_ptr,
-    ends_ptr,
+    spans_ptr,
     rows_ptr,
     cu_seqlens_ptr,
     B,
@@ -208,12 +213,11 @@ def scan_chunks_kernel(
     tl.store(totals_ptr + offs_r, total, mask=mask_r)
     tl.store(keys_ptr + offs_r, key, mask=mask_r)
     tl.store(slots_ptr + offs_r, slot, mask=mask_r)
-    nothing = tl.zeros((BLOCK_R,), tl.int32)
+    none = tl.full((BLOCK_R,), -1, tl.int64)
     spare = (row >= tl.load(cu_seqlens_ptr + B)) & (row < launched) & (last_b == B)
-    tl.store(begins_ptr + num_parts + offs_r, nothing, mask=offs_r < launched)
-    tl.store(ends_ptr + num_parts + offs_r, tl.where(spare, 0, -1), mask=offs_r < launched)
-    tl.store(rows_ptr + num_parts + offs_r, offs_r, mask=offs_r < launched)
-    tl.store(ends_ptr + offs_r, nothing - 1, mask=offs_r < num_parts)
+    tl.store(spans_ptr + offs_r, none, mask=offs_r < num_parts)
+    tl.store(spans_ptr + num_parts + offs_r, tl.where(spare, 0, none), mask=offs_r < launched)
+    tl.store(rows_ptr + offs_r, offs_r, mask=offs_r < launched)
 
 
 @triton.jit(do_not_specialize=["R", "first_b", "parts_per_text", "num_parts"])
@@ -222,8 +226,7 @@ def scan_rows_kernel(
     keys_ptr,
     slots_ptr,
     firsts_ptr,
-    begins_ptr,
-    ends_ptr,
+    spans_ptr,
     rows_ptr,
     cu_seqlens_ptr,
     V,
@@ -238,7 +241,7 @@ def scan_rows_kernel(
 ):
     """One program: the spans of some of the rows of one text, and of the parts of the long ones among them.
 
-    A span is ``begins[i] .. ends[i] - 1``, of row ``rows[i]``; ``firsts[row]``: where the row's entries begin.
+    ``firsts[row]``: where the row's entries begin; ``rows[slot]``: the row of the span after those of all parts.
     A row with n >= 2 * PART words is long and has n // PART parts, of PART words each but for the last one, which has
     the rest too; its own span is left alone. Parts begin at least PART places apart, at most one between two multiples
     of PART, whose number is the part's.
@@ -269,22 +272,19 @@ def scan_rows_kernel(
             first += tl.sum(tl.where(offs_o[:, None] < offs_s[None, :], other_total, 0), axis=0)
             rank += tl.sum((other_key > key[None, :]).to(tl.int32), axis=0)
         first += text * V
-        end = first + total
         parts = total // PART
         tl.store(firsts_ptr + start + offs_s, first, mask=mask)
-        span = num_parts + tl.load(slots_ptr + start + segment + rank, mask=mask, other=0)
-        tl.store(begins_ptr + span, first, mask=mask)
-        tl.store(ends_ptr + span, tl.where(parts >= 2, -1, end), mask=mask)
-        tl.store(rows_ptr + span, start + offs_s, mask=mask)
+        slot = tl.load(slots_ptr + start + segment + rank, mask=mask, other=0)
+        tl.store(spans_ptr + num_parts + slot, _make_span(first, tl.where(parts >= 2, -1, total)), mask=mask)
+        tl.store(rows_ptr + slot, start + offs_s, mask=mask)
         most = tl.max(parts, axis=0)
         if most >= 2:
             for part in range(0, most):
                 begin = first + part * PART
-                stop = tl.where(part == parts - 1, end, begin + PART)
+                count = tl.where(part == parts - 1, total - part * PART, PART)
                 number = text * parts_per_text + (begin - text * V) // PART
                 chosen = (parts >= 2) & (part < parts)
-                tl.store(begins_ptr + number, begin, mask=chosen)
-                tl.store(ends_ptr + number, stop, mask=chosen)
+                tl.store(spans_ptr + number, _make_span(begin, count), mask=chosen)
 
 
 @triton.jit(do_not_specialize=["R", "first_b", "chunk_words", "num_chunks", "stride_gb"])
@@ -356,8 +356,7 @@ def place_kernel(
 def hidden_grad_kernel(
     weight_ptr,
     order_ptr,
-    begins_ptr,
-    ends_ptr,
+    spans_ptr,
     rows_ptr,
     cu_seqlens_ptr,
     partials_ptr,
@@ -376,14 +375,15 @@ def hidden_grad_kernel(
     """
     span = tl.program_id(0)
     base = tl.load(cu_seqlens_ptr + first_b).to(tl.int64)
-    first = tl.load(begins_ptr + span)
-    last = tl.load(ends_ptr + span)
-    row = tl.load(rows_ptr + span, mask=span >= num_parts, other=0)
+    place = tl.load(spans_ptr + span)
+    row = tl.load(rows_ptr + span - num_parts, mask=span >= num_parts, other=0)
+    first, count = place.to(tl.int32), (place >> 32).to(tl.int32)
+    last = first + count
     column = tl.program_id(1)
     columns = column + 1
-    if last - first <= FEW_ENTRIES:
+    if count <= FEW_ENTRIES:
         columns = tl.where(column == 0, tl.num_programs(1), 0)
-    if last >= 0:
+    if count >= 0:
         pair = load_pair(order_ptr, 1, first, last)
         for block in range(column, columns):
             total = sum_rows(pair, order_ptr, 1, first, last, weight_ptr, block, STRIDE, D, BLOCK_D, PAIRS)
@@ -433,15 +433,15 @@ class _Sorted:
     Attributes:
         order: (texts * V,) entries, int64.
         firsts: (rows,) where a row's entries begin; totals: (rows,) how many it has.
-        begins, ends, rows: (spans,) places in the order and the row of each span, those of parts of long rows first.
+        spans: (parts + launched,) of parts of long rows, then of rows, as :func:`_make_span` gives them; rows: (launched,)
+            the row of each of the latter.
         num_parts: how many spans are for parts.
     """
 
     order: Tensor
     firsts: Tensor
     totals: Tensor
-    begins: Tensor
-    ends: Tensor
+    spans: Tensor
     rows: Tensor
     num_parts: int
 
@@ -466,22 +466,22 @@ def _sort(
     chunks, parts_per_text = triton.cdiv(vocab, chunk_words), triton.cdiv(vocab, configs.PART_ENTRIES)
     parts = texts * parts_per_text
     order, words = (torch.empty(texts * vocab, dtype=dtype, device=device) for dtype in (torch.int64, torch.int16))
+    spans = torch.empty(parts + launched, dtype=torch.int64, device=device)
     # In multiples of 16 bytes, as the alignment of a pointer is compiled in.
-    sizes = [texts * chunks, chunks * rows, *[rows] * 4, *[parts + launched] * 3]
-    sizes = [-(-size // 4) * 4 for size in sizes]
+    sizes = [-(-size // 4) * 4 for size in (texts * chunks, chunks * rows, rows, rows, rows, rows, launched)]
     buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    counts, table, totals, keys, slots, firsts, *spans = buffer.split(sizes)
+    counts, table, totals, keys, slots, firsts, row_of = buffer.split(sizes)
     histogram_kernel[(chunks, texts)](
         grad, factor, positions, cu_seqlens, words, counts, table, vocab, rows, first, chunk_words, chunks,
         grad.stride(0), BLOCK_I=min(configs.HI[0], configs.LEAST_CHUNK_WORDS // 64), BLOCK_J=64, BLOCK_E=configs.HI[2], BLOCK_FEW=64,
         BINS=256 if positions.itemsize == 1 else 512, num_warps=configs.HI[1],
     )  # fmt: skip
     scan_chunks_kernel[(triton.cdiv(max(launched, parts), 32),)](
-        table, totals, keys, slots, *spans, cu_seqlens, batch, rows, launched, chunks, first, last, parts,
+        table, totals, keys, slots, spans, row_of, cu_seqlens, batch, rows, launched, chunks, first, last, parts,
         PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_C=128, BLOCK_R=32, num_warps=4,
     )  # fmt: skip
     scan_rows_kernel[(texts, triton.cdiv(min(max_seqlen, rows), configs.RO[0]))](
-        totals, keys, slots, firsts, *spans, cu_seqlens, vocab, rows, first, parts_per_text, parts,
+        totals, keys, slots, firsts, spans, row_of, cu_seqlens, vocab, rows, first, parts_per_text, parts,
         PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_R=configs.RO[0], BLOCK_O=configs.RO[1], num_warps=configs.RO[2],
     )  # fmt: skip
     match = grad.is_cuda and torch.version.hip is None and not INTERPRETED
@@ -489,7 +489,7 @@ def _sort(
         grad, factor, positions, cu_seqlens, words, counts, table, firsts, order, vocab, rows, first, chunk_words,
         chunks, grad.stride(0), BLOCK_E=32, MATCH=match, num_warps=1,
     )  # fmt: skip
-    return _Sorted(order, firsts, totals, *spans, parts)
+    return _Sorted(order, firsts, totals, spans, row_of, parts)
 
 
 def hidden_gradient(
@@ -520,7 +520,7 @@ def hidden_gradient(
         partials = torch.empty(found.num_parts, dim, dtype=torch.float32, device=grad.device)
         # Parts first: the longest.
         hidden_grad_kernel[(found.num_parts + launched, columns)](
-            weight, found.order, found.begins, found.ends, found.rows, cu_seqlens, partials, d_hidden,
+            weight, found.order, found.spans, found.rows, cu_seqlens, partials, d_hidden,
             first, found.num_parts,
             STRIDE=weight.stride(0), D=dim, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, PAIRS=in_pairs(weight), num_warps=1,
         )  # fmt: skip

@@ -164,7 +164,7 @@ PART_ENTRIES = 2048
 SEGMENT = 512
 WHOLE_ROWS_FROM = 2**40
 RO = (16, 512, 4)
-HI = (16, 2, 512)
+HI = (16, 1, 256)
 LI = (8, 32, 1)
 # Bytes of the table of words won by (chunk of the vocabulary, row).
 TABLE = 2**23

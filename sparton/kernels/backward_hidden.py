@@ -137,64 +137,29 @@ def histogram_kernel(
 
 
 @triton.jit
-def _order_of_rows(row, cu_seqlens_ptr, first_b, last_b, R, SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr):
-    """Where rows stand in their segments, and where in the order of the first rows of all segments, the second ones ...
-
-    A text's segments have SEGMENT rows each, but for its last one, which may have fewer.
-    """
-    base = tl.load(cu_seqlens_ptr + first_b)
-    start = tl.zeros(row.shape, tl.int32)
-    for begin in range(first_b, last_b, BLOCK_B):
-        offs_b = begin + tl.arange(0, BLOCK_B)
-        first = (tl.load(cu_seqlens_ptr + offs_b, mask=offs_b < last_b, other=base) - base).to(tl.int32)
-        start = tl.maximum(start, tl.max(tl.where(first[:, None] <= row[None, :], first[:, None], 0), axis=0))
-    place = (row - start) % SEGMENT
-    slot = (row - start) // SEGMENT
-    for begin in range(first_b, last_b, BLOCK_B):
-        offs_b = begin + tl.arange(0, BLOCK_B)
-        first = (tl.load(cu_seqlens_ptr + offs_b, mask=offs_b < last_b, other=base) - base).to(tl.int32)
-        last = (tl.load(cu_seqlens_ptr + offs_b + 1, mask=offs_b < last_b, other=base) - base).to(tl.int32)
-        length = tl.maximum(tl.minimum(last, R) - first, 0)
-        whole, rest = (length // SEGMENT)[:, None], (length % SEGMENT)[:, None]
-        slot += tl.sum(whole * place[None, :] + tl.minimum(rest, place[None, :]), axis=0)
-        as_long = whole + (rest > place[None, :]).to(tl.int32)
-        slot += tl.sum(tl.where(last[:, None] <= row[None, :], as_long, 0), axis=0)
-    return place, slot
-
-
-@triton.jit
 def _make_span(first, count):
     """What is summed apart, int64: ``count`` entries from ``first`` on, or nothing at all where ``count`` is -1."""
     return (count.to(tl.int64) << 32) | first.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["B", "R", "launched", "num_chunks", "first_b", "last_b", "num_parts"])
+@triton.jit(do_not_specialize=["R", "num_chunks", "first_b", "last_b", "num_parts"])
 def scan_chunks_kernel(
     table_ptr,
     totals_ptr,
-    keys_ptr,
-    slots_ptr,
+    sums_ptr,
     spans_ptr,
-    rows_ptr,
     cu_seqlens_ptr,
-    B,
     R,
-    launched,
     num_chunks,
     first_b,
     last_b,
     num_parts,
-    PART: tl.constexpr,
-    SEGMENT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """One program: for BLOCK_R rows the table becomes sums over the chunks before; ``totals[row]``: over all.
 
-    ``keys[row]``: larger than those of the segment's other rows of which less is summed whole, or as much further down;
-    ``slots[row]``: the slot of the row that is as far down by keys as ``row`` is by itself.
-    Until :func:`scan_rows_kernel` knows better, all parts and each of the launched rows are to be left alone; with the
-    last range they go on to the end of hidden, and those past the last text get their zeros.
+    ``sums[block]``: over all of its rows. The spans of parts are to be left alone until there are parts.
     """
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
@@ -206,85 +171,85 @@ def scan_chunks_kernel(
         won = tl.load(cell, mask=mask, other=0)
         tl.store(cell, total[None, :] + tl.cumsum(won, axis=0) - won, mask=mask)
         total += tl.sum(won, axis=0)
-    row = tl.load(cu_seqlens_ptr + first_b) + offs_r
-    total = tl.where(row < tl.load(cu_seqlens_ptr + last_b), total, 0)  # of no text: nobody counted
-    place, slot = _order_of_rows(offs_r, cu_seqlens_ptr, first_b, last_b, R, SEGMENT, 32)
-    key = tl.where(total >= 2 * PART, 0, total) * SEGMENT + (SEGMENT - 1 - place)
+    rows = tl.load(cu_seqlens_ptr + last_b) - tl.load(cu_seqlens_ptr + first_b)
+    total = tl.where(offs_r < rows, total, 0)  # nobody counted for those of no text
     tl.store(totals_ptr + offs_r, total, mask=mask_r)
-    tl.store(keys_ptr + offs_r, key, mask=mask_r)
-    tl.store(slots_ptr + offs_r, slot, mask=mask_r)
-    none = tl.full((BLOCK_R,), -1, tl.int64)
-    spare = (row >= tl.load(cu_seqlens_ptr + B)) & (row < launched) & (last_b == B)
-    tl.store(spans_ptr + offs_r, none, mask=offs_r < num_parts)
-    tl.store(spans_ptr + num_parts + offs_r, tl.where(spare, 0, none), mask=offs_r < launched)
-    tl.store(rows_ptr + offs_r, offs_r, mask=offs_r < launched)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total, axis=0), mask=tl.program_id(0) * BLOCK_R < R)
+    tl.store(spans_ptr + offs_r, tl.full((BLOCK_R,), -1, tl.int64), mask=offs_r < num_parts)
 
 
-@triton.jit(do_not_specialize=["R", "first_b", "parts_per_text", "num_parts"])
+@triton.jit(do_not_specialize=["B", "R", "launched", "first_b", "last_b", "num_parts"])
 def scan_rows_kernel(
     totals_ptr,
-    keys_ptr,
-    slots_ptr,
+    sums_ptr,
     firsts_ptr,
     spans_ptr,
     rows_ptr,
     cu_seqlens_ptr,
-    V,
+    B,
     R,
+    launched,
     first_b,
-    parts_per_text,
+    last_b,
     num_parts,
     PART: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """One program: the spans of some of the rows of one text, and of the parts of the long ones among them.
+    """One program: the spans of BLOCK_R rows, and of the parts of the long ones among them.
 
     ``firsts[row]``: where the row's entries begin; ``rows[slot]``: the row of the span after those of all parts.
     A row with n >= 2 * PART words is long and has n // PART parts, of PART words each but for the last one, which has
     the rest too; its own span is left alone. Parts begin at least PART places apart, at most one between two multiples
     of PART, whose number is the part's.
 
-    The rows that win most of a segment take its first slots: spans that are summed at a time have about as many words,
-    so they stand at about the same word all the time, whose row of the weight stays in the L2.
+    Of SEGMENT rows each, those that win most have the first slots, then those that come second, and so on: spans that
+    are summed at a time have about as many words, so they stand at about the same word all the time, whose row of the
+    weight stays in the L2.
     """
-    text = tl.program_id(0)
-    start, length = _rows_of(cu_seqlens_ptr, first_b + text, first_b)
-    length = tl.minimum(length, R - start)
-    totals_ptr += start
-    keys_ptr += start
-    for low in range(tl.program_id(1) * BLOCK_R, length, tl.num_programs(1) * BLOCK_R):
-        offs_s = low + tl.arange(0, BLOCK_R)
-        mask = offs_s < length
-        total = tl.load(totals_ptr + offs_s, mask=mask, other=0)
-        key = tl.load(keys_ptr + offs_s, mask=mask, other=0)
-        segment = low // SEGMENT * SEGMENT
-        before = 0
-        for other in range(0, segment, SEGMENT):
-            before += tl.sum(tl.load(totals_ptr + other + tl.arange(0, SEGMENT)), axis=0)
-        first = tl.zeros((BLOCK_R,), tl.int32) + before
-        rank = tl.zeros((BLOCK_R,), tl.int32)
-        for other in range(segment, tl.minimum(segment + SEGMENT, length), BLOCK_O):
-            offs_o = other + tl.arange(0, BLOCK_O)
-            other_total = tl.load(totals_ptr + offs_o, mask=offs_o < length, other=0)[:, None]
-            other_key = tl.load(keys_ptr + offs_o, mask=offs_o < length, other=-1)[:, None]
-            first += tl.sum(tl.where(offs_o[:, None] < offs_s[None, :], other_total, 0), axis=0)
-            rank += tl.sum((other_key > key[None, :]).to(tl.int32), axis=0)
-        first += text * V
-        parts = total // PART
-        tl.store(firsts_ptr + start + offs_s, first, mask=mask)
-        slot = tl.load(slots_ptr + start + segment + rank, mask=mask, other=0)
-        tl.store(spans_ptr + num_parts + slot, _make_span(first, tl.where(parts >= 2, -1, total)), mask=mask)
-        tl.store(rows_ptr + slot, start + offs_s, mask=mask)
-        most = tl.max(parts, axis=0)
-        if most >= 2:
-            for part in range(0, most):
-                begin = first + part * PART
-                count = tl.where(part == parts - 1, total - part * PART, PART)
-                number = text * parts_per_text + (begin - text * V) // PART
-                chosen = (parts >= 2) & (part < parts)
-                tl.store(spans_ptr + number, _make_span(begin, count), mask=chosen)
+    block = tl.program_id(0)
+    before = 0
+    for first_sum in range(0, tl.minimum(block, tl.cdiv(R, BLOCK_R)), BLOCK_S):
+        offs = first_sum + tl.arange(0, BLOCK_S)
+        mask_s = (offs < block) & (offs * BLOCK_R < R)
+        before += tl.sum(tl.load(sums_ptr + offs, mask=mask_s, other=0), axis=0)
+    offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    total = tl.load(totals_ptr + offs_r, mask=offs_r < R, other=0)
+    first = before + tl.cumsum(total, axis=0) - total
+    tl.store(firsts_ptr + offs_r, first, mask=offs_r < R)
+
+    parts = total // PART
+    whole = tl.where(parts >= 2, 0, total)
+    segment = block * BLOCK_R // SEGMENT
+    rank = tl.zeros((BLOCK_R,), tl.int32)
+    for first_other in range(segment * SEGMENT, segment * SEGMENT + SEGMENT, BLOCK_O):
+        offs_o = first_other + tl.arange(0, BLOCK_O)
+        other = tl.load(totals_ptr + offs_o, mask=offs_o < R, other=0)
+        other = tl.where(other // PART >= 2, 0, other)
+        other = tl.where(offs_o < launched, other, -1)[:, None]
+        is_before = (other > whole[None, :]) | ((other == whole[None, :]) & (offs_o[:, None] < offs_r[None, :]))
+        rank += tl.sum(is_before.to(tl.int32), axis=0)
+    segments = tl.cdiv(launched, SEGMENT)
+    rest = launched - (segments - 1) * SEGMENT  # rows of the last one
+    slot = rank * segments + segment - tl.maximum(rank - rest, 0)
+
+    # The launched rows may go on to those of the next range; with the last one they go on to the end of hidden, and
+    # those past the last text get their zeros.
+    row = tl.load(cu_seqlens_ptr + first_b) + offs_r
+    spare = (last_b == B) & (row < launched)
+    count = tl.where(parts >= 2, -1, total)
+    count = tl.where((row < tl.load(cu_seqlens_ptr + last_b)) | spare, count, -1)
+    mask = offs_r < launched
+    tl.store(spans_ptr + num_parts + slot, _make_span(first, count), mask=mask)
+    tl.store(rows_ptr + slot, offs_r, mask=mask)
+    most = tl.max(parts, axis=0)
+    if most >= 2:
+        for part in range(0, most):
+            begin = first + part * PART
+            count = tl.where(part == parts - 1, total - part * PART, PART)
+            tl.store(spans_ptr + begin // PART, _make_span(begin, count), mask=(parts >= 2) & (part < parts))
 
 
 @triton.jit(do_not_specialize=["R", "first_b", "chunk_words", "num_chunks", "stride_gb"])
@@ -393,17 +358,15 @@ def hidden_grad_kernel(
                 store_columns(grad_hidden_ptr + (base + row) * D, total, block, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["R", "first_b", "parts_per_text"])
+@triton.jit(do_not_specialize=["R", "first_b"])
 def long_rows_kernel(
     totals_ptr,
     firsts_ptr,
     cu_seqlens_ptr,
     partials_ptr,
     grad_hidden_ptr,
-    V,
     R,
     first_b,
-    parts_per_text,
     D: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -419,7 +382,7 @@ def long_rows_kernel(
             parts = tl.load(totals_ptr + row) // PART
             if parts >= 2:
                 first = tl.load(firsts_ptr + row)
-                number = (first // V * parts_per_text + first % V // PART).to(tl.int64)
+                number = (first // PART).to(tl.int64)
                 total = tl.zeros((BLOCK_D,), tl.float32)
                 for part in range(0, parts):
                     total += tl.load(partials_ptr + (number + part) * D + offs_d, mask=offs_d < D, other=0.0)
@@ -451,7 +414,6 @@ def _sort(
     factor: Tensor,
     positions: Tensor,
     cu_seqlens: Tensor,
-    max_seqlen: int,
     first: int,
     last: int,
     rows: int,
@@ -463,26 +425,24 @@ def _sort(
     """
     (batch, vocab), device, texts = factor.shape, factor.device, last - first
     chunk_words = configs.chunk_words(vocab, rows)
-    chunks, parts_per_text = triton.cdiv(vocab, chunk_words), triton.cdiv(vocab, configs.PART_ENTRIES)
-    parts = texts * parts_per_text
+    chunks, parts = triton.cdiv(vocab, chunk_words), triton.cdiv(texts * vocab, configs.PART_ENTRIES)
     order, words = (torch.empty(texts * vocab, dtype=dtype, device=device) for dtype in (torch.int64, torch.int16))
     spans = torch.empty(parts + launched, dtype=torch.int64, device=device)
     # In multiples of 16 bytes, as the alignment of a pointer is compiled in.
-    sizes = [-(-size // 4) * 4 for size in (texts * chunks, chunks * rows, rows, rows, rows, rows, launched)]
-    buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    counts, table, totals, keys, slots, firsts, row_of = buffer.split(sizes)
+    sizes = (texts * chunks, chunks * rows, rows, triton.cdiv(rows, 32), rows, launched)
+    sizes = [-(-size // 4) * 4 for size in sizes]
+    counts, table, totals, sums, firsts, row_of = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
     histogram_kernel[(chunks, texts)](
         grad, factor, positions, cu_seqlens, words, counts, table, vocab, rows, first, chunk_words, chunks,
         grad.stride(0), BLOCK_I=min(configs.HI[0], configs.LEAST_CHUNK_WORDS // 64), BLOCK_J=64, BLOCK_E=configs.HI[2], BLOCK_FEW=64,
         BINS=256 if positions.itemsize == 1 else 512, num_warps=configs.HI[1],
     )  # fmt: skip
-    scan_chunks_kernel[(triton.cdiv(max(launched, parts), 32),)](
-        table, totals, keys, slots, spans, row_of, cu_seqlens, batch, rows, launched, chunks, first, last, parts,
-        PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_C=128, BLOCK_R=32, num_warps=4,
+    scan_chunks_kernel[(triton.cdiv(max(rows, parts), 32),)](
+        table, totals, sums, spans, cu_seqlens, rows, chunks, first, last, parts, BLOCK_C=128, BLOCK_R=32, num_warps=4,
     )  # fmt: skip
-    scan_rows_kernel[(texts, triton.cdiv(min(max_seqlen, rows), configs.RO[0]))](
-        totals, keys, slots, firsts, spans, row_of, cu_seqlens, vocab, rows, first, parts_per_text, parts,
-        PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_R=configs.RO[0], BLOCK_O=configs.RO[1], num_warps=configs.RO[2],
+    scan_rows_kernel[(triton.cdiv(launched, 32),)](
+        totals, sums, firsts, spans, row_of, cu_seqlens, batch, rows, launched, first, last, parts,
+        PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_R=32, BLOCK_O=128, BLOCK_S=1024, num_warps=4,
     )  # fmt: skip
     match = grad.is_cuda and torch.version.hip is None and not INTERPRETED
     place_kernel[(chunks, texts)](
@@ -516,7 +476,7 @@ def hidden_gradient(
         last = min(first + step, batch)
         rows = min(tokens, (last - first) * max_seqlen)
         launched = tokens if last == batch else rows
-        found = _sort(grad, factor, positions, cu_seqlens, max_seqlen, first, last, rows, launched)
+        found = _sort(grad, factor, positions, cu_seqlens, first, last, rows, launched)
         partials = torch.empty(found.num_parts, dim, dtype=torch.float32, device=grad.device)
         # Parts first: the longest.
         hidden_grad_kernel[(found.num_parts + launched, columns)](
@@ -525,7 +485,7 @@ def hidden_gradient(
             STRIDE=weight.stride(0), D=dim, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, PAIRS=in_pairs(weight), num_warps=1,
         )  # fmt: skip
         long_rows_kernel[(triton.cdiv(rows, 32), columns)](
-            found.totals, found.firsts, cu_seqlens, partials, d_hidden, vocab, rows, first, parts_per_text,
+            found.totals, found.firsts, cu_seqlens, partials, d_hidden, rows, first,
             D=dim, PART=configs.PART_ENTRIES, BLOCK_R=32, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
         del found, partials  # before the next range has its own

@@ -162,8 +162,6 @@ FEW_ENTRIES = 4
 PART_ENTRIES = 2048
 # Rows of a text that are put in the order of the words they win, a power of two.
 SEGMENT = 512
-WHOLE_ROWS_FROM = 2**40
-RO = (16, 512, 4)
 HI = (16, 1, 256)
 LI = (8, 32, 1)
 # Bytes of the table of words won by (chunk of the vocabulary, row).

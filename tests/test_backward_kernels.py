@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from sparton.kernels import configs  # noqa: E402
 from sparton.kernels.backward import triton_backward  # noqa: E402
+from sparton.kernels.backward_hidden import _sort  # noqa: E402
 from sparton.testing import relative_error  # noqa: E402
 from sparton.tiled import position_dtype  # noqa: E402
 
@@ -88,6 +89,35 @@ def test_ranges_of_texts_and_words(small, skewed, device):
     assert all(torch.equal(a, b) for a, b in zip(whole, triton_backward(*tensors), strict=True))
     small.setattr(configs, "WORKSPACE", 1)  # one text, one word
     check(saved([4, 2, 7], 12, 8, device, skewed=skewed))
+
+
+@pytest.mark.parametrize("segment", [32, 64, 256])
+@pytest.mark.parametrize("skewed", [0.0, 0.5])
+def test_rows_that_win_most_come_first(small, segment, skewed, device):
+    """By segments of neighbouring rows: the first ones of all, then the second ones; what is long has parts instead."""
+    small.setattr(configs, "SEGMENT", segment)
+    lengths = [70, 1, 0, 33]
+    tensors = saved(lengths, 600, 8, device, skewed=skewed)
+    grad, factor, positions, *_, cu_seqlens, _ = tensors
+    launched = sum(lengths) + 20  # to the end of hidden
+    found = _sort(grad, factor, positions, cu_seqlens, 0, 4, sum(lengths), launched)
+    first = torch.tensor([0, 70, 71, 71], device=device)[:, None]
+    won = torch.bincount((first + positions)[(factor > 0) & (grad != 0)], minlength=launched)
+    whole = won.masked_fill(won >= 32, 0).tolist()  # parts have 16
+    assert whole != won.tolist()  # the only row of a text is long
+    segments = [range(begin, min(begin + segment, launched)) for begin in range(0, launched, segment)]
+    ordered = [sorted(rows, key=lambda row: -whole[row]) for rows in segments]
+    want = [rows[rank] for rank in range(segment) for rows in ordered if rank < len(rows)]
+    assert found.rows[:launched].tolist() == want
+    spans = found.spans.tolist()
+    rows = torch.tensor(want, device=device)
+    counts = torch.where(won >= 32, -1, won)[rows].tolist()
+    assert [span >> 32 for span in spans[found.num_parts :]] == counts
+    parts = [(span & 2**32 - 1, span >> 32) for span in spans[: found.num_parts] if span >= 0]
+    begins = won.cumsum(0) - won
+    want = [(int(begins[row]) + 16 * part, 16 if part < n // 16 - 1 else n - 16 * part)
+            for row, n in enumerate(won.tolist()) if n >= 32 for part in range(n // 16)]  # fmt: skip
+    assert parts == want
 
 
 def test_rows_of_no_text_are_zero_whatever_the_ranges(small, device):

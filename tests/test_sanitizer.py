@@ -117,17 +117,17 @@ def test_racecheck_finds_nothing_in_the_plain_kernels():
 def gluon_modules():
     """The Hopper kernel's and the control's."""
     hopper = pytest.importorskip("sparton.kernels.forward_hopper", exc_type=ImportError)
-    return hopper, pytest.importorskip("tests.bare_partitions", exc_type=ImportError)
+    return hopper, pytest.importorskip("tests.handover_control", exc_type=ImportError)
 
 
 @pytest.mark.timeout(540)  # two runs of the tool
 def test_racecheck_finds_nothing_in_the_gluon_kernel(gluon_modules):
-    """Nothing but what it finds, where Triton is alone to blame, in a kernel that uses no shared memory itself."""
+    """Nothing but what it finds, at the lines of Triton's own handover, in a kernel that can have no race."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    hopper, bare = gluon_modules
-    control = sanitize("racecheck", "from tests.bare_partitions import main; main()")
-    shown = assert_races_only_at(control, handover_places(bare, "bare_partitions_kernel"))
+    hopper, control = gluon_modules
+    done = sanitize("racecheck", "from tests.handover_control import main; main()")
+    shown = assert_races_only_at(done, handover_places(control, "handover_control_kernel"))
     allowed = handover_places(hopper, "lsr_forward_hopper_kernel") if shown else set()
     assert_races_only_at(sanitize("racecheck", steps(hoppers=("1",))), allowed)
 
@@ -146,8 +146,8 @@ OTHER = "=========     and Write access at lsr_forward_hopper_kernel+0xe0 in for
 
 def test_only_the_handover_is_accepted(gluon_modules):
     """On what racecheck said on an H200 (triton 3.6.0), and on the same with something else among it."""
-    hopper, bare = gluon_modules
-    assert handover_places(bare, "bare_partitions_kernel") == {"bare_partitions.py:16", "bare_partitions.py:21"}
+    hopper, control = gluon_modules
+    assert handover_places(control, "handover_control_kernel") == {"handover_control.py:24", "handover_control.py:36"}
     allowed = handover_places(hopper, "lsr_forward_hopper_kernel")
     entry, call = sorted(int(place.split(":")[1]) for place in allowed)
     source = inspect.getsource(hopper).splitlines()

@@ -195,7 +195,6 @@ def scan_rows_kernel(
     PART: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """One program: the spans of BLOCK_R rows, and of the parts of the long ones among them.
@@ -210,11 +209,11 @@ def scan_rows_kernel(
     weight stays in the L2.
     """
     block = tl.program_id(0)
+    blocks = tl.minimum(block, tl.cdiv(R, BLOCK_R))
     before = 0
-    for first_sum in range(0, tl.minimum(block, tl.cdiv(R, BLOCK_R)), BLOCK_S):
-        offs = first_sum + tl.arange(0, BLOCK_S)
-        mask_s = (offs < block) & (offs * BLOCK_R < R)
-        before += tl.sum(tl.load(sums_ptr + offs, mask=mask_s, other=0), axis=0)
+    for first_block in range(0, blocks, BLOCK_S):
+        offs = first_block + tl.arange(0, BLOCK_S)
+        before += tl.sum(tl.load(sums_ptr + offs, mask=offs < blocks, other=0), axis=0)
     offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.load(totals_ptr + offs_r, mask=offs_r < R, other=0)
     first = before + tl.cumsum(total, axis=0) - total
@@ -223,14 +222,12 @@ def scan_rows_kernel(
     parts = total // PART
     whole = tl.where(parts >= 2, 0, total)
     segment = block * BLOCK_R // SEGMENT
-    rank = tl.zeros((BLOCK_R,), tl.int32)
-    for first_other in range(segment * SEGMENT, segment * SEGMENT + SEGMENT, BLOCK_O):
-        offs_o = first_other + tl.arange(0, BLOCK_O)
-        other = tl.load(totals_ptr + offs_o, mask=offs_o < R, other=0)
-        other = tl.where(other // PART >= 2, 0, other)
-        other = tl.where(offs_o < launched, other, -1)[:, None]
-        is_before = (other > whole[None, :]) | ((other == whole[None, :]) & (offs_o[:, None] < offs_r[None, :]))
-        rank += tl.sum(is_before.to(tl.int32), axis=0)
+    offs_o = segment * SEGMENT + tl.arange(0, SEGMENT)
+    other = tl.load(totals_ptr + offs_o, mask=offs_o < R, other=0)
+    other = tl.where(other // PART >= 2, 0, other)
+    other = tl.where(offs_o < launched, other, -1)[:, None]
+    is_before = (other > whole[None, :]) | ((other == whole[None, :]) & (offs_o[:, None] < offs_r[None, :]))
+    rank = tl.sum(is_before.to(tl.int32), axis=0)
     segments = tl.cdiv(launched, SEGMENT)
     rest = launched - (segments - 1) * SEGMENT  # rows of the last one
     slot = rank * segments + segment - tl.maximum(rank - rest, 0)
@@ -434,15 +431,15 @@ def _sort(
     counts, table, totals, sums, firsts, row_of = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
     histogram_kernel[(chunks, texts)](
         grad, factor, positions, cu_seqlens, words, counts, table, vocab, rows, first, chunk_words, chunks,
-        grad.stride(0), BLOCK_I=min(configs.HI[0], configs.LEAST_CHUNK_WORDS // 64), BLOCK_J=64, BLOCK_E=configs.HI[2], BLOCK_FEW=64,
-        BINS=256 if positions.itemsize == 1 else 512, num_warps=configs.HI[1],
+        grad.stride(0), BLOCK_I=configs.LEAST_CHUNK_WORDS // 64, BLOCK_J=64, BLOCK_E=256, BLOCK_FEW=64,
+        BINS=256 if positions.itemsize == 1 else 512, num_warps=1,
     )  # fmt: skip
     scan_chunks_kernel[(triton.cdiv(max(rows, parts), 32),)](
         table, totals, sums, spans, cu_seqlens, rows, chunks, first, last, parts, BLOCK_C=128, BLOCK_R=32, num_warps=4,
     )  # fmt: skip
     scan_rows_kernel[(triton.cdiv(launched, 32),)](
         totals, sums, firsts, spans, row_of, cu_seqlens, batch, rows, launched, first, last, parts,
-        PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_R=32, BLOCK_O=128, BLOCK_S=1024, num_warps=4,
+        PART=configs.PART_ENTRIES, SEGMENT=configs.SEGMENT, BLOCK_R=32, BLOCK_S=1024, num_warps=4,
     )  # fmt: skip
     match = grad.is_cuda and torch.version.hip is None and not INTERPRETED
     place_kernel[(chunks, texts)](

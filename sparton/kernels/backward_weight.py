@@ -135,14 +135,14 @@ def weight_gradients(
     counts = torch.empty(step if has_list else 0, dtype=torch.int32, device=device)
     for first in range(0, vocab, step):
         last = min(first + step, vocab)
-        list_texts_kernel[(triton.cdiv(last - first, configs.LI[1]),)](
+        list_texts_kernel[(triton.cdiv(last - first, 32),)](
             grad, factor, positions, cu_seqlens, entries, counts, d_bias, batch, vocab, first, last, grad.stride(0),
-            HAS_LIST=has_list, HAS_BIAS=d_bias is not None, BLOCK_B=configs.LI[0], BLOCK_V=configs.LI[1], num_warps=configs.LI[2],
+            HAS_LIST=has_list, HAS_BIAS=d_bias is not None, BLOCK_B=4, BLOCK_V=32, num_warps=1,
         )  # fmt: skip
         if has_list:
             dim = d_weight.shape[1]
             block_d = configs.weight_columns(dim)
             weight_grad_kernel[(triton.cdiv(last - first, configs.WORDS), triton.cdiv(dim, block_d))](
-                hidden, entries, counts, d_weight, first, last, STRIDE=hidden.stride(0),
-                D=dim, WORDS=configs.WORDS, BLOCK_D=block_d, PAIRS=in_pairs(hidden), num_warps=1,
+                hidden, entries, counts, d_weight, first, last,
+                STRIDE=hidden.stride(0), D=dim, WORDS=configs.WORDS, BLOCK_D=block_d, PAIRS=in_pairs(hidden), num_warps=1,
             )  # fmt: skip

@@ -477,9 +477,9 @@ def hidden_gradient(
         partials = torch.empty(found.num_parts, dim, dtype=torch.float32, device=grad.device)
         # Parts first: the longest.
         hidden_grad_kernel[(found.num_parts + launched, columns)](
-            weight, found.order, found.spans, found.rows, cu_seqlens, partials, d_hidden,
-            first, found.num_parts,
-            STRIDE=weight.stride(0), D=dim, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, PAIRS=in_pairs(weight), num_warps=1,
+            weight, found.order, found.spans, found.rows, cu_seqlens, partials, d_hidden, first, found.num_parts,
+            STRIDE=weight.stride(0), D=dim, FEW_ENTRIES=configs.FEW_ENTRIES, BLOCK_D=block_d, PAIRS=in_pairs(weight),
+            num_warps=1,
         )  # fmt: skip
         long_rows_kernel[(triton.cdiv(rows, 32), columns)](
             found.totals, found.firsts, cu_seqlens, partials, d_hidden, rows, first,

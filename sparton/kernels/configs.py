@@ -165,13 +165,13 @@ PART_ENTRIES = 2048
 # (backward_tuning.csv).
 SEGMENT = 256
 # Bytes of the table of words won by (chunk of the vocabulary, row).
-TABLE = 2**23
+TABLE = 2**22
 # Words of a chunk of that table: at least, a multiple of 256 (many chunks keep many programs busy, and one writes an
 # integer for every row of its text), and at most (16-bit integers say where in the chunk a word stands).
 LEAST_CHUNK_WORDS, MOST_CHUNK_WORDS = 2**10, 2**15
-# Words that one program of the gradient by weight goes through: most have few entries or none. 4 and 16 take the same
-# time (backward_tuning.csv).
-WORDS = 8
+# Words that one program of the gradient by weight goes through: most have few entries or none. 64 x 128 at 50% takes
+# 1.31 ms with 4, 1.36 with 8 and 16, and 32 x 512 at 0.1% 0.103, 0.105 and 0.108 (backward_tuning.csv).
+WORDS = 4
 
 
 def weight_columns(dim: int) -> int:

@@ -45,7 +45,8 @@ class Meter:
     ) -> tuple[float, float, float]:
         """Quantiles 0.2, 0.5 and 0.8 of the milliseconds that ``region(prepare())`` takes, without ``prepare``.
 
-        The host runs ahead of the device, as in a training step, so that it is the device's time.
+        The host runs ahead of the device, as in a training step, so that it is the device's time; where that is 0.5 ms or
+        more and the host takes even longer, it is the host's.
         """
         if not self.cuda:
             return self._wall_times(region, prepare, calls=3)

@@ -151,13 +151,13 @@ def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int
 # Bytes of lists and partial sums that a gradient may take beside its tensors; what needs more is done in ranges. 32
 # texts of 250,002 words fit, so that the rows of their tokens keep every multiprocessor busy.
 WORKSPACE = 88 * 2**20
-# Entries up to which one program sums all columns of a row: most rows have none where few words are active. Not
-# measured.
+# Entries up to which one program sums all columns of a row: most rows have none where few words are active. The hidden
+# gradient of 32 x 512 at 2% takes 0.070 ms with 2 and 4, 0.077 with 8; at 0.1% all the same (backward_tuning.csv).
 FEW_ENTRIES = 4
 # Entries of a part of a long row: a row with twice as many is cut, as the rows of frequent tokens win far more than
 # others: with parts skewed positions cost 2.0 ms where they cost 5.4 without (backward_tuning.csv,
-# kernels_first_run.csv). Smaller parts are sooner done, but a program is started for each there is room for: 0.217 ms at
-# 0.1% active and 1.91 with skewed positions, 0.224 and 1.81 with half as many, 0.279 at 0.1% with a quarter
+# kernels_first_run.csv). Smaller parts are sooner done, but a program is started for each there is room for: the hidden
+# gradient of 32 x 512 takes 1.27 ms at 50% and skewed, 0.039 at 0.1%, and with half as many 1.12 and 0.046
 # (backward_tuning.csv).
 PART_ENTRIES = 2048
 # Rows whose gradients are put in the order of how many words they win, a power of two from 32 on. Without an order the hidden gradient of 64 x 128

@@ -159,6 +159,13 @@ def test_many_texts(batch, device):
     check(saved([2] * batch, 5, 8, device))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter has no limit")
+def test_more_texts_than_programs_on_an_axis(device):
+    grad, factor, positions, hidden, weight, *rest = saved([1] * 70_000, 3, 16, device)
+    got = triton_backward(grad, factor, positions, hidden, weight, *rest)[0]
+    assert relative_error(got, (grad.double() * factor.double()) @ weight.double()) < 1e-6
+
+
 @pytest.mark.parametrize("longest", [300, 8192, 40000])
 def test_long_texts_and_positions_for_longer_ones(longest, device):
     """More rows than a histogram has bins; short texts whose bound is far above their lengths."""

@@ -466,6 +466,7 @@ def hidden_gradient(
     (batch, vocab), (tokens, dim) = factor.shape, d_hidden.shape
     parts_per_text = triton.cdiv(vocab, configs.PART_ENTRIES)
     fits = max(1, configs.WORKSPACE // (8 * vocab + max(2 * vocab, 4 * parts_per_text * dim)))
+    fits = min(fits, 2**16 - 1)  # programs on a grid's second axis
     step = triton.cdiv(batch, triton.cdiv(batch, fits))
     block_d = configs.hidden_columns(dim)
     columns = triton.cdiv(dim, block_d)

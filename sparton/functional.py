@@ -58,7 +58,8 @@ def lsr_head(
         hidden: padded (B, S, D), or packed (N, D) with ``cu_seqlens``; fp32, bf16, fp16 (naive, tiled: float64).
         weight: (V, D), may have another dtype than hidden: the product runs in autocast's dtype or else hidden's, its
             sums in float32, and the gradient comes in weight's own dtype. Products of float32 run in TF32 on CUDA where
-            ``torch.set_float32_matmul_precision`` or ``torch.backends.cuda.matmul.fp32_precision`` allows it.
+            ``torch.set_float32_matmul_precision`` or ``torch.backends.cuda.matmul.fp32_precision`` allows it, else
+            (from sm_80 on) as three products of TF32, whose error is below that of ``torch.matmul``.
         bias: (V,) or None.
         attention_mask: (B, S) bool or integers, any pattern; every number but 0 keeps its token, and what is masked is
             never read, not even a NaN. To leave tokens such as [CLS] out of the maximum, mask them here as well, or

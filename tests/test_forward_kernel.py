@@ -123,8 +123,9 @@ def test_amd_s_capabilities_promise_nothing(monkeypatch):
         monkeypatch.setattr(torch.version, "hip", version)
         bulk = forward._bulk_copies_reach(weight)
         assert (bulk, hopper.hopper_forward_supports(weight, torch.bfloat16)) == (nvidia, nvidia)
-        kind = forward._kind(torch.bfloat16, bulk, "ieee", weight.device)
-        assert kind == ("16 bits, bulk copies" if nvidia else "16 bits")
+        kind = forward._kind(torch.bfloat16, "ieee", weight.device)
+        assert kind == ("16 bits, 227 KB" if nvidia else "16 bits")
+        assert forward._precision(torch.float32, weight.device) == ("tf32x3" if nvidia else "ieee")
 
 
 @pytest.fixture(params=["fp32_precision", "set_float32_matmul_precision"])
@@ -141,12 +142,12 @@ def tf32(request):
 
 
 def test_tf32_is_asked_for_as_in_pytorch(tf32):
-    assert forward._precision(torch.float32) == "tf32"
-    assert forward._precision(torch.bfloat16) == "ieee"
+    assert forward._precision(torch.float32, torch.device("cpu")) == "tf32"
+    assert forward._precision(torch.bfloat16, torch.device("cpu")) == "ieee"
 
 
-def test_float32_is_exact_by_default():
-    assert forward._precision(torch.float32) == "ieee"
+def test_float32_is_exact_by_default(device):
+    assert forward._precision(torch.float32, device) == ("tf32x3" if device.type == "cuda" else "ieee")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -194,7 +195,7 @@ def test_a_model_compiles_few_forward_kernels():
 def test_slots_repeat_the_last_row(device):
     lengths = [5, 0, 16, 17]
     hidden, cu_seqlens = (t.to(device) for t in rows_and_offsets(lengths, 40))
-    plan = forward_plan("fp32", 4, 41, 17, 8, 40, 1)
+    plan = forward_plan("ieee", 4, 41, 17, 8, 40, 1)
     # 38 rows; equal slots of 32 rows, asked for from one more on, are not made.
     rows, starts = make_slots(hidden, cu_seqlens, torch.float32, dataclasses.replace(plan, equal=32, equal_from=39))
     assert starts.tolist() == [0, 16, 32, 48, 80, 0]

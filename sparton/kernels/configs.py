@@ -58,40 +58,56 @@ CHUNK_ROWS = 16384
 # full texts were 1% faster at most (kernels_first_run.csv, "32x512 V250k g16").
 GROUP = 16
 # With equal slots a tile's texts are written at once: 613 against 573 TFLOP/s at 64 x 128, V = 250,002, 609 against 470
-# at 512 x 32, V = 30,522 (kernels_first_run.csv, "g16"). It pays where at most a quarter is added by repeated rows, and
-# always up to 32 rows (neither limit was measured).
-EQUAL_ADDS, EQUAL_ALWAYS = 1.25, 32
+# at 512 x 32, V = 30,522 (kernels_first_run.csv, "g16"). They pay while repeated rows add few to the real ones, in 13
+# mixes of lengths (forward_tuning.csv, "slots"): 1.16 against 1.25 ms at 1.2 and 1.13 against 0.97 at 1.5 for texts of
+# up to 128, 1.14 against 1.28 at 1.2 for 256; for texts of up to 32 always (1.16 against 1.23 ms at 1.9).
+EQUAL_ADDS, EQUAL_ALWAYS = 1.3, 32
 # Rows up to which the narrow tile serves: one query. The wide one would multiply eight times as much as is there.
 NARROW_ROWS = 32
-# By kind of product, the narrow and the wide tile. "16 bits, bulk copies" is for cards with 227 KB of shared memory for
-# a program (sm_90; sm_100 not measured), the others for all cards from sm_80 on: they fit in the 99 KB of sm_86, sm_89
-# and sm_120. KB are the compiled kernel's there and, where it differs, on sm_90.
+# By kind of product, the narrow and the wide tile. Those for "227 KB" of shared memory are for sm_90 (sm_100 not
+# measured), the others for all cards from sm_80 on: they fit in the 99 KB of sm_86, sm_89 and sm_120. KB are the
+# compiled kernel's there and, where it differs, on sm_90. All times are an H200's (forward_tuning.csv): what fits in 99
+# KB was chosen there as well. Narrow ones were timed with 1 x 32 rows, V = 250,002, wide ones with 32 x 512, V = 30,522.
 TILES = {
-    "16 bits, bulk copies": (
-        # 61 KB. Bound by reading the weight, of which three programs keep 96 KB on the way: 0.110 ms for 1 x 32 rows,
-        # V = 250,002, against 0.136 with one; others are no faster (forward_tuning.csv).
+    "16 bits, 227 KB": (
+        # 61 KB. Bound by reading the weight, of which three programs keep 96 KB on the way: 0.110 ms against 0.136 with
+        # one; others are no faster.
         Tile(block_v=128, block_s=NARROW_ROWS, block_d=64, num_warps=4, num_stages=3, per_sm=3),
         # 148 KB. 599 TFLOP/s at 32 x 512, V = 250,002, 597 with 4 stages (kernels_first_run.csv, "plain Triton"). The
-        # Gluon kernel of Hopper takes its place there, with words and rows of the same number.
+        # Gluon kernel of Hopper takes its place there, with words and rows of the same number. Without bulk copies 1.75
+        # ms, with half the rows 2.12.
         Tile(block_v=128, block_s=256, block_d=64, num_warps=8, num_stages=3),
     ),
     "16 bits": (
-        # Not measured. 41 KB, 61 on sm_90.
+        # 41 KB, 61 on sm_90. A third program would not fit in 100 KB.
         Tile(block_v=128, block_s=NARROW_ROWS, block_d=64, num_warps=4, num_stages=3, per_sm=2),
-        # Not measured. 96 KB, 98 on sm_90.
+        # 96 KB, 98 on sm_90. 2.12 ms; with 4 warps 2.20, with half the rows and two programs 2.64.
         Tile(block_v=128, block_s=128, block_d=64, num_warps=8, num_stages=3),
     ),
-    "tf32": (
-        # Not measured. 41 KB, 61 on sm_90.
+    "tf32, 227 KB": (
+        # 61 KB. 0.200 ms, 0.197 with three programs, 0.31 with half the words.
         Tile(block_v=128, block_s=NARROW_ROWS, block_d=32, num_warps=4, num_stages=3, per_sm=2),
-        # Not measured. 80 KB, 100 on sm_90.
+        # 148 KB. 2.39 ms; with half the rows 3.78, with twice the words and half the rows 3.05.
+        Tile(block_v=128, block_s=256, block_d=32, num_warps=8, num_stages=3),
+    ),
+    "tf32": (
+        # 41 KB, 61 on sm_90.
+        Tile(block_v=128, block_s=NARROW_ROWS, block_d=32, num_warps=4, num_stages=3, per_sm=2),
+        # 80 KB, 100 on sm_90. 3.78 ms; with 4 warps 3.70, with half the rows and two programs 4.93.
         Tile(block_v=128, block_s=128, block_d=32, num_warps=8, num_stages=3),
     ),
-    "fp32": (
-        # Not measured. 16 KB.
-        Tile(block_v=64, block_s=NARROW_ROWS, block_d=32, num_warps=4, num_stages=2, per_sm=2),
-        # Not measured. 24 KB, 17 without bulk copies.
-        Tile(block_v=64, block_s=64, block_d=32, num_warps=8, num_stages=2),
+    "tf32x3": (
+        # 41 KB, 48 on sm_90. 0.262 ms, 0.279 with three programs.
+        Tile(block_v=128, block_s=NARROW_ROWS, block_d=32, num_warps=4, num_stages=3, per_sm=2),
+        # 68 KB, 96 on sm_90. 10.6 ms; with twice the rows 15.2, with half and two programs 11.2, with 4 warps 24.4.
+        Tile(block_v=128, block_s=128, block_d=32, num_warps=8, num_stages=3),
+    ),
+    # Without tensor cores: float32 on AMD's cards and before sm_80. A thread holds all columns of its operands.
+    "ieee": (
+        # 12 KB. 0.98 ms; 1.16 with 32 columns, 1.73 with half the words.
+        Tile(block_v=128, block_s=NARROW_ROWS, block_d=16, num_warps=4, num_stages=2, per_sm=2),
+        # 12 KB. 58 ms; 69 with 32 columns, 67 with twice the words, 122 with 8 warps.
+        Tile(block_v=64, block_s=64, block_d=16, num_warps=4, num_stages=2, per_sm=2),
     ),
 }
 
@@ -160,9 +176,9 @@ FEW_ENTRIES = 4
 # gradient of 32 x 512 takes 1.27 ms at 50% and skewed, 0.039 at 0.1%, and with half as many 1.12 and 0.046
 # (backward_tuning.csv).
 PART_ENTRIES = 2048
-# Rows whose gradients are put in the order of how many words they win, a power of two from 32 on. Without an order the hidden gradient of 64 x 128
-# at 50% takes 2.26 ms, in segments of 256 rows 1.54, of 1,024 1.50, but ordering costs 0.007 and 0.015 ms
-# (backward_tuning.csv).
+# Rows whose gradients are put in the order of how many words they win, a power of two from 32 on. Without an order the
+# hidden gradient of 64 x 128 at 50% takes 2.26 ms, in segments of 256 rows 1.54, of 1,024 1.50, but ordering costs
+# 0.007 and 0.015 ms (backward_tuning.csv).
 SEGMENT = 256
 # Bytes of the table of words won by (chunk of the vocabulary, row).
 TABLE = 2**22

@@ -13,8 +13,11 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from sparton.losses import InfoNCE, KLDistillation, MarginMSE, WarmupWeight, WeightedSum
+from sparton.losses.scores import all_scores
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 # Two queries with two documents each (positive, hard negative); V = 3. All scores by hand:
 #            d00  d01  d10  d11
@@ -138,6 +141,53 @@ def test_scores_are_float32_for_half_precision_and_under_autocast(loss, dtype):
     assert plain.dtype == torch.float32
     assert plain.item() == expected.item()
     assert autocast.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def bfloat16_scores(device: torch.device, compiled: bool = False) -> tuple[torch.Tensor, ...]:
+    """Scores of bfloat16 representations, their gradients for a random one of the scores, and what these should be."""
+    generator = torch.Generator().manual_seed(0)
+    query, doc = (torch.rand(rows, 500, generator=generator).bfloat16().to(device) for rows in (24, 96))
+    grad = torch.randn(24, 96, generator=generator).to(device)
+    leaves = query.requires_grad_(), doc.requires_grad_()
+    product = torch.compile(all_scores, fullgraph=True) if compiled else all_scores
+    scores = product(*leaves)
+    scores.backward(grad)
+    return scores.detach(), query, doc, grad
+
+
+def assert_scores_and_gradients(scores, query, doc, grad):
+    wide_query, wide_doc, wide_grad = query.detach().double(), doc.detach().double(), grad.double()
+    torch.testing.assert_close(scores.double(), wide_query @ wide_doc.T, rtol=1e-6, atol=0.0)
+    for rep, left, right in ((query, wide_grad, wide_doc), (doc, wide_grad.T, wide_query)):
+        assert rep.grad.dtype == torch.bfloat16
+        # Half a unit of bfloat16's last place, and what 16 bits of the scores' gradient leave out.
+        bound = 2**-8 * (left @ right).abs() + 2**-16 * (left.abs() @ right.abs())
+        assert ((rep.grad.double() - left @ right).abs() <= bound).all()
+
+
+def test_bfloat16_scores_and_gradients_are_summed_in_float32(device, monkeypatch):
+    monkeypatch.setattr("sparton.losses.scores.COLUMNS", 200)
+    assert_scores_and_gradients(*bfloat16_scores(device))
+
+
+@on_cuda
+def test_bfloat16_scores_compile_into_one_graph():
+    assert_scores_and_gradients(*bfloat16_scores(torch.device("cuda"), compiled=True))
+
+
+def test_a_gradient_is_computed_only_where_it_is_asked_for():
+    query, doc = torch.rand(2, 9).bfloat16(), torch.rand(4, 9).bfloat16().requires_grad_()
+    all_scores(query, doc).sum().backward()
+    assert query.grad is None
+    torch.testing.assert_close(doc.grad, query.sum(0).expand(4, 9), rtol=2**-7, atol=0.0)
+
+
+def test_bfloat16_losses_keep_no_wider_copy_of_the_representations():
+    query, doc = (torch.rand(rows, 500).bfloat16().requires_grad_() for rows in (4, 8))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        WeightedSum({"contrastive": InfoNCE()})(query, doc)
+    assert {t.dtype for t in kept if t.shape[-1:] == (500,)} == {torch.bfloat16}
 
 
 def test_weighted_sum_gives_parts_and_total():

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from sparton.losses.scores import full_precision
-
 
 class WeightedSum(nn.Module):
     """Sum of ranking losses, each times its weight; names become ``train/loss_<name>`` in the metrics.
@@ -71,8 +69,6 @@ class WeightedSum(nn.Module):
         Raises:
             ValueError: what the losses raise.
         """
-        # Converted once here, so that several losses share one float32 copy.
-        query, doc = full_precision(query), full_precision(doc)
         return {
             name: loss(query, doc, teacher_scores=teacher_scores, false_negatives=false_negatives)
             for name, loss in self.losses.items()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Columns of the gradients that are summed in float32 at a time: 32,768 words of 5,000 texts are 0.7 GB.
+COLUMNS = 32_768
 
 
 def check_positive(name: str, value: float, owner: str) -> float:
@@ -78,13 +83,54 @@ def full_precision(rep: Tensor) -> Tensor:
     return rep if rep.dtype in (torch.float32, torch.float64) else rep.float()
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Returns ``left @ right`` of two bfloat16 matrices with sums and result in float32."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+class _BFloat16Scores(torch.autograd.Function):
+    """``query @ doc.T`` in float32 from bfloat16 representations, at the speed and in the memory of bfloat16.
+
+    A product of two bfloat16 numbers is exact in float32, so that only the order of the sums differs from a product
+    of float32 copies. The scores' gradient goes in as the sum of two bfloat16 numbers, which keep 16 of its bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, doc: Tensor) -> Tensor:
+        ctx.save_for_backward(query, doc)
+        return _product(query, doc.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        query, doc = ctx.saved_tensors
+        high = grad.bfloat16()
+        low = (grad - high.float()).bfloat16()
+        return (
+            _rounded_product(high, low, doc) if ctx.needs_input_grad[0] else None,
+            _rounded_product(high.T, low.T, query) if ctx.needs_input_grad[1] else None,
+        )
+
+
+def _rounded_product(high: Tensor, low: Tensor, rep: Tensor) -> Tensor:
+    """Returns ``(high + low) @ rep`` in bfloat16, summed in float32."""
+    result = rep.new_empty(high.shape[0], rep.shape[1])
+    for out, words in zip(result.split(COLUMNS, dim=1), rep.split(COLUMNS, dim=1), strict=True):
+        out.copy_(_product(high, words).add_(_product(low, words)))
+    return result
+
+
 def all_scores(query: Tensor, doc: Tensor) -> Tensor:
     """Returns each query's score with each document, ``(B, B * K)``, in float32 whatever autocast says.
 
     A dot product over thousands of words rounds to three digits in bfloat16, which is coarser than the
-    differences that a softmax over the documents looks at.
+    differences that a softmax over the documents looks at. float64 stays float64.
     """
     with torch.autocast(query.device.type, enabled=False):
+        if query.dtype == doc.dtype == torch.bfloat16:
+            return _BFloat16Scores.apply(query, doc)
         return full_precision(query) @ full_precision(doc).T
 
 

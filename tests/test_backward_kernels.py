@@ -154,6 +154,19 @@ def test_chunks_grow_where_the_table_would_not_fit(small, device):
     check(saved([3, 7], 800, 8, device, skewed=0.5))
 
 
+def test_many_texts_take_the_vocabulary_in_sixteen_ranges(small, device):
+    assert configs.listed_words(250_002, 32) == 250_002
+    assert configs.listed_words(250_002, 512) == 22_528  # what fits WORKSPACE
+    assert configs.listed_words(250_002, 20_000) == 15_626
+    assert configs.listed_words(250_002, 10**6) * 10**6 < 2**31
+    tensors = saved([2] * 20, 150, 8, device)
+    whole = triton_backward(*tensors)
+    small.setattr(configs, "WORKSPACE", 1)
+    assert configs.listed_words(150, 20) == 10
+    check(tensors)
+    assert all(torch.equal(a, b) for a, b in zip(whole, triton_backward(*tensors), strict=True))
+
+
 @pytest.mark.parametrize("batch", [33, 257])
 def test_many_texts(batch, device):
     check(saved([2] * batch, 5, 8, device))

@@ -26,7 +26,8 @@ def triton_backward(
     ``d_weight[v] = sum_b g[b, v] * hidden[row(b, v)]``, ``d_hidden[r] = sum over row(b, v) == r of g[b, v] *
     weight[v]`` and ``d_bias[v] = sum_b g[b, v]``, where ``row(b, v) = cu_seqlens[b] + positions[b, v]``.
     The result is the same bit for bit from run to run, and nothing waits for the device. Beside the gradients it takes
-    about ``configs.WORKSPACE`` + ``configs.TABLE`` bytes, or what one text takes where that is more.
+    about ``configs.WORKSPACE`` + ``configs.TABLE`` bytes, or what one text takes where that is more; with hundreds of
+    texts half a byte for each of the (B, V) entries (``configs.listed_words``).
 
     Args:
         grad: (B, V) of any floating dtype and any strides.

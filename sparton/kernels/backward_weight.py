@@ -126,11 +126,11 @@ def weight_gradients(
 ) -> None:
     """Fills the gradients by weight (V, D) and bias (V,), each where it is not None.
 
-    A word's list has room for all texts; the vocabulary is taken in ranges whose lists fit ``configs.WORKSPACE`` bytes.
+    A word's list has room for all texts; the vocabulary is taken in ranges of ``configs.listed_words``.
     """
     (batch, vocab), device = factor.shape, factor.device
     has_list = d_weight is not None
-    step = min(vocab, max(1, configs.WORKSPACE // (8 * batch))) if has_list else vocab
+    step = configs.listed_words(vocab, batch) if has_list else vocab
     entries = torch.empty(step * batch if has_list else 0, dtype=torch.int64, device=device)
     counts = torch.empty(step if has_list else 0, dtype=torch.int32, device=device)
     for first in range(0, vocab, step):

@@ -167,6 +167,9 @@ def _chunk(batch: int, rows: int, tiles_v: int, step: int, programs: int) -> int
 # Bytes of lists and partial sums that a gradient may take beside its tensors; what needs more is done in ranges. 32
 # texts of 250,002 words fit, so that the rows of their tokens keep every multiprocessor busy.
 WORKSPACE = 88 * 2**20
+# Ranges in which the gradient by weight takes the vocabulary at most. The lists of a range may have more than WORKSPACE
+# bytes then, half a byte for each of the (B, V) entries, of which the head holds six and more.
+RANGES = 16
 # Entries up to which one program sums all columns of a row: most rows have none where few words are active. The hidden
 # gradient of 32 x 512 at 2% takes 0.070 ms with 2 and 4, 0.077 with 8; at 0.1% all the same (backward_tuning.csv).
 FEW_ENTRIES = 4
@@ -188,6 +191,12 @@ LEAST_CHUNK_WORDS, MOST_CHUNK_WORDS = 2**10, 2**15
 # Words that one program of the gradient by weight goes through: most have few entries or none. 64 x 128 at 50% takes
 # 1.31 ms with 4, 1.36 with 8 and 16, and 32 x 512 at 0.1% 0.103, 0.105 and 0.108 (backward_tuning.csv).
 WORDS = 4
+
+
+def listed_words(vocab: int, batch: int) -> int:
+    """Words of a range: as many as WORKSPACE has room for, with many texts what makes RANGES; places fit 32 bits."""
+    least = min(math.ceil(vocab / RANGES), (2**31 - 1) // batch)
+    return min(vocab, max(1, WORKSPACE // (8 * batch), least))
 
 
 def weight_columns(dim: int) -> int:

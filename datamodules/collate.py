@@ -78,6 +78,38 @@ class TextBatch(NamedTuple):
         """Copies every tensor to ``device``; ``max_seqlen`` and ``longest`` stay numbers on the host."""
         return TextBatch(*(t.to(device, non_blocking=non_blocking) if isinstance(t, Tensor) else t for t in self))
 
+    def split(self, tokens: int, *, padded: bool) -> list[TextBatch]:
+        """Cuts the batch into runs of whole texts of at most ``tokens`` tokens; one text alone may have more.
+
+        Waits for the device, where the lengths are. Each run keeps the widths of the whole batch.
+
+        Args:
+            tokens: limit of a run.
+            padded: counts padding, too.
+        """
+        ends, pooled_ends = torch.stack([self.token_cu_seqlens, self.cu_seqlens]).tolist()
+        texts, width = self.input_ids.shape
+        counted = range(0, (texts + 1) * width, width) if padded else ends
+        starts = [0]
+        for text in range(1, texts):
+            if counted[text + 1] - counted[starts[-1]] > tokens:
+                starts.append(text)
+        return [
+            TextBatch(
+                input_ids=self.input_ids[start:stop],
+                attention_mask=self.attention_mask[start:stop],
+                pool_index=self.pool_index[pooled_ends[start] : pooled_ends[stop]] - start * width,
+                cu_seqlens=self.cu_seqlens[start : stop + 1] - pooled_ends[start],
+                max_seqlen=self.max_seqlen,
+                token_ids=self.token_ids[ends[start] : ends[stop]],
+                token_positions=self.token_positions[ends[start] : ends[stop]],
+                token_cu_seqlens=self.token_cu_seqlens[start : stop + 1] - ends[start],
+                pooled_tokens=self.pooled_tokens[pooled_ends[start] : pooled_ends[stop]] - ends[start],
+                longest=self.longest,
+            )
+            for start, stop in zip(starts, [*starts[1:], texts], strict=True)
+        ]
+
 
 def _bounds(mask: Tensor) -> tuple[Tensor, int]:
     """Offsets (B + 1,) int32 of the True entries of each row of a (B, S) mask, and the most of them in one row."""

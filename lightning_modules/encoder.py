@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import sparton
@@ -70,7 +71,9 @@ class SparseEncoder(nn.Module):
         max_query_length, max_doc_length: in tokens, special tokens included.
         pool_special_tokens: False leaves [CLS], [SEP] and their like out of the pooling.
         activation: ``log1p``, or ``log1p_log1p`` (log1p twice).
-        gradient_checkpointing: recomputes the backbone's layers in the backward pass.
+        gradient_checkpointing: True runs each layer of the backbone again in the backward pass. A number of tokens
+            runs the whole backbone again, so many tokens at a time: of the backbone no batch, however large, keeps
+            more than its output and the activations of that many tokens. A batch of fewer is not run again.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None lets transformers choose (sdpa where the
             family of models has it).
         dropout: rate of every dropout in the backbone; None keeps the checkpoint's.
@@ -97,7 +100,7 @@ class SparseEncoder(nn.Module):
         max_doc_length: int = 256,
         pool_special_tokens: bool = True,
         activation: str = "log1p",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
         attn_implementation: str | None = None,
         dropout: float | None = None,
         attention_dropout: float | None = None,
@@ -124,7 +127,10 @@ class SparseEncoder(nn.Module):
         parts = surgery.cut(loaded.model, loaded.missing_keys, mlm_transform)
         self.backbone, self.decoder_name = parts.model, parts.decoder_name
         self.backbone.train()
-        if gradient_checkpointing:
+        self._tokens_at_a_time = 0
+        if not isinstance(gradient_checkpointing, bool):
+            self._tokens_at_a_time = _check_tokens(gradient_checkpointing)
+        elif gradient_checkpointing:
             surgery.recompute_layers(self.backbone)
         self._packed = packed
         self._obstacle = packed_attention.obstacle(self.backbone.config, attn_implementation)
@@ -207,14 +213,21 @@ class SparseEncoder(nn.Module):
 
     def pooled_rows(self, *batches: TextBatch) -> Tensor:
         """Hidden rows that the head pools over: (N, D), text by text, times ``logit_scale``."""
+        padded, limit = self.packed == "padded", self._tokens_at_a_time
+        tokens = sum((batch.input_ids if padded else batch.token_ids).numel() for batch in batches)
+        if not (limit and torch.is_grad_enabled() and tokens > limit):
+            return self._rows(*batches) * self.logit_scale
+        pieces = [piece for batch in batches for piece in batch.split(limit, padded=padded)]
+        rows = torch.cat([checkpoint(self._rows, piece, use_reentrant=False) for piece in pieces])
+        return rows * self.logit_scale
+
+    def _rows(self, *batches: TextBatch) -> Tensor:
         mode = self.packed
         if mode != "padded":
-            rows = packed_attention.pooled_rows(self.backbone, batches, mode, self._first_position)
-        elif len(batches) == 1:
-            rows = self._padded_rows(batches[0])
-        else:
-            rows = torch.cat([self._padded_rows(batch) for batch in batches])
-        return rows * self.logit_scale
+            return packed_attention.pooled_rows(self.backbone, batches, mode, self._first_position)
+        if len(batches) == 1:
+            return self._padded_rows(batches[0])
+        return torch.cat([self._padded_rows(batch) for batch in batches])
 
     def _padded_rows(self, batch: TextBatch) -> Tensor:
         hidden = surgery.hidden_rows(self.backbone, batch.input_ids, batch.attention_mask)
@@ -322,6 +335,16 @@ class SparseEncoder(nn.Module):
         encoder = cls(None, head=head, pretrained=False, tokenizer=tokenizer, **options)
         encoder._options["name_or_path"] = hparams["name_or_path"]
         return encoder
+
+
+def _check_tokens(number: object) -> int:
+    """Returns the number of tokens that ``gradient_checkpointing`` gives."""
+    if not isinstance(number, int) or number < 2:
+        raise ValueError(
+            f"model.gradient_checkpointing: expected false, true or a number of tokens, got {number!r}; "
+            "set for example 16384"
+        )
+    return number
 
 
 def _check_same_vocabulary(

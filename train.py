@@ -57,7 +57,8 @@ def train(cfg: DictConfig) -> None:
     module, datamodule, trainer = build(cfg)
     encoder, device = module.encoder, trainer.strategy.root_device
     packing = encoder.packing(device, training_dtype(trainer.precision), training=True)
-    console.print(f"model {cfg.model.name_or_path} {packing}, head {encoder.head_name}, {device}, {trainer.precision}")
+    name, head = cfg.model.name_or_path, encoder.head_name
+    console.print(f"model {name}, backbone {packing}, head {head}, {device}, {trainer.precision}", soft_wrap=True)
     datamodule.setup("fit")
     console.print(datamodule.describe())
     if cfg.calibrate.documents and not cfg.ckpt_path:
@@ -82,8 +83,7 @@ def train(cfg: DictConfig) -> None:
     summary |= {name: float(value) for name, value in figures if name.startswith("val_pool/")}
     for callback in trainer.callbacks:
         summary |= callback.summary() if hasattr(callback, "summary") else {}
-    summary |= {"status": "finished", "head": encoder.head_name, "packed": packing.mode, "best_checkpoint": best}
-    summary |= environment()
+    summary |= {"status": "finished", "head": head, "packed": packing.mode, "best_checkpoint": best} | environment()
     write_summary(output_dir, summary)
     for logger in trainer.loggers:
         logger.log_metrics({k: v for k, v in summary.items() if isinstance(v, float)}, step=trainer.global_step)

@@ -1,7 +1,7 @@
 """Packed attention: the backbone runs on the tokens of all texts in one row, without padding.
 
-A registered attention function takes the place of sdpa in the backbone's configuration. Called with ``packed_texts``, it
-lets tokens see their own text only; without, it is sdpa. ``packed_texts`` travels as an argument of the model's call,
+A registered attention function takes the place of sdpa in the backbone's configuration. Called with ``packed_texts``,
+it lets tokens see their own text only; without, it is sdpa. ``packed_texts`` travels as an argument of the model's call,
 which every supported family hands down to its attention, so that it is there again when a layer is recomputed.
 """
 
@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from datamodules.collate import TextBatch
+from lightning_modules.backbone import ATTENTION_DROPOUTS
 from lightning_modules.decoder import decoder_input
 
 # Families whose position ids and attention are tested against the padded model.
@@ -67,7 +68,7 @@ class PackedTexts:
 
 def attention_dropout(config: PretrainedConfig) -> float:
     """The rate of the attention's dropout, under whichever name the family has it."""
-    rates = (getattr(config, name, 0.0) for name in ("attention_probs_dropout_prob", "attention_dropout"))
+    rates = (getattr(config, name, 0.0) for name in ATTENTION_DROPOUTS)
     return max(float(rate or 0.0) for rate in rates)
 
 

@@ -15,6 +15,8 @@ from lightning_modules.encoder import SparseEncoder, resolve_head
 # DeBERTa in transformers 5.17 scripts a function at import.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 LENGTHS = {"max_query_length": 16, "max_doc_length": 32}
+# Heads of 16 dimensions, the least that packed attention takes in float32 on a GPU.
+WIDE = {"model_type": "bert"} | FAMILIES["bert"] | {"hidden_size": 32}
 
 
 def small(**changes: object) -> SparseEncoder:
@@ -184,7 +186,7 @@ def test_dropout_and_checkpointing_reach_the_backbone():
 @pytest.mark.parametrize("gradient_checkpointing", [True, 20])
 def test_gradient_checkpointing_gives_the_same_gradients(device, gradient_checkpointing, packed):
     plain, recomputed = (
-        small(dropout=0.0, packed=packed, gradient_checkpointing=flag).to(device)
+        small(config=WIDE, dropout=0.0, packed=packed, gradient_checkpointing=flag).to(device)
         for flag in (False, gradient_checkpointing)
     )
     for encoder in (plain, recomputed):
@@ -198,7 +200,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(device, gradient_checkp
 def test_tokens_at_a_time_run_twice_with_the_same_dropout(device, packed, monkeypatch):
     gradients, calls = [], []
     for twice in (True, False):
-        encoder = small(dropout=0.3, attention_dropout=0.0, packed=packed, gradient_checkpointing=20).to(device)
+        rates = {"dropout": 0.3, "attention_dropout": 0.0}
+        encoder = small(config=WIDE, **rates, packed=packed, gradient_checkpointing=20).to(device)
         encoder.backbone.register_forward_pre_hook(lambda *_, twice=twice: calls.append(twice))
         if not twice:
             monkeypatch.setattr("lightning_modules.encoder.checkpoint", lambda run, piece, use_reentrant: run(piece))

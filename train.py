@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lightning_modules.encoder import resolve_head
 from lightning_modules.launch import environment, main, resolve_precision, write_summary
+from lightning_modules.packed import training_dtype
 from lightning_modules.retriever import SparseRetriever
 from retrieval.evaluate import evaluate_bm25, evaluate_collection
 from retrieval.export import export_model
@@ -55,7 +56,9 @@ def train(cfg: DictConfig) -> None:
     output_dir, console = Path(cfg.paths.output_dir), Console()
     module, datamodule, trainer = build(cfg)
     encoder, device = module.encoder, trainer.strategy.root_device
-    console.print(f"model {cfg.model.name_or_path}, head {encoder.head_name}, {device}, {trainer.precision}")
+    packing = encoder.packing(device, training_dtype(trainer.precision), training=True)
+    name, head = cfg.model.name_or_path, encoder.head_name
+    console.print(f"model {name}, backbone {packing}, head {head}, {device}, {trainer.precision}", soft_wrap=True)
     datamodule.setup("fit")
     console.print(datamodule.describe())
     if cfg.calibrate.documents and not cfg.ckpt_path:
@@ -80,7 +83,7 @@ def train(cfg: DictConfig) -> None:
     summary |= {name: float(value) for name, value in figures if name.startswith("val_pool/")}
     for callback in trainer.callbacks:
         summary |= callback.summary() if hasattr(callback, "summary") else {}
-    summary |= {"status": "finished", "head": encoder.head_name, "best_checkpoint": best} | environment()
+    summary |= {"status": "finished", "head": head, "packed": packing.mode, "best_checkpoint": best} | environment()
     write_summary(output_dir, summary)
     for logger in trainer.loggers:
         logger.log_metrics({k: v for k, v in summary.items() if isinstance(v, float)}, step=trainer.global_step)

@@ -1,4 +1,4 @@
-"""Texts to padded batches with the packed layout the heads pool over: TextBatch, TextTokenizer, TrainBatch."""
+"""Texts to batches, padded and packed, and which rows the heads pool over: TextBatch, TextTokenizer, TrainBatch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TextBatch(NamedTuple):
-    """Padded token ids of B texts, and which of their rows are pooled.
+    """Token ids of B texts in both layouts, padded (B, S) and packed (T,), and which of their rows are pooled.
 
     Attributes:
         input_ids: (B, S) int64, padded to the longest text of the batch.
@@ -22,6 +22,11 @@ class TextBatch(NamedTuple):
         pool_index: (N,) int64, rows of the flattened (B * S) layout that are pooled, text by text.
         cu_seqlens: (B + 1,) int32, text b owns entries cu_seqlens[b] .. cu_seqlens[b + 1] - 1 of pool_index.
         max_seqlen: largest number of pooled rows of one text, known on the host.
+        token_ids: (T,) int64, the real tokens, text by text.
+        token_positions: (T,) int64, 0, 1, ... within each text.
+        token_cu_seqlens: (B + 1,) int32, text b owns entries token_cu_seqlens[b] .. token_cu_seqlens[b + 1] - 1.
+        pooled_tokens: (N,) int64, rows of the packed layout that are pooled: ``pool_index`` without padding.
+        longest: largest number of real tokens of one text, known on the host.
     """
 
     input_ids: Tensor
@@ -29,6 +34,11 @@ class TextBatch(NamedTuple):
     pool_index: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    token_ids: Tensor
+    token_positions: Tensor
+    token_cu_seqlens: Tensor
+    pooled_tokens: Tensor
+    longest: int
 
     @classmethod
     def from_masks(cls, input_ids: Tensor, attention_mask: Tensor, pooled: Tensor) -> TextBatch:
@@ -41,23 +51,72 @@ class TextBatch(NamedTuple):
 
         Returns:
             The batch; a text without a pooled token has an empty range in cu_seqlens.
+
+        Raises:
+            ValueError: if a position is pooled that the attention mask leaves out.
         """
-        pooled = pooled.bool()
-        counts = pooled.sum(dim=1)
-        cu_seqlens = torch.zeros(len(counts) + 1, dtype=torch.int32)
-        cu_seqlens[1:] = counts.cumsum(0)
+        real, pooled = attention_mask.bool(), pooled.bool()
+        if bool((pooled & ~real).any()):
+            raise ValueError("pooled: expected only positions where attention_mask is 1, got others; leave them out")
+        rows = real.flatten().nonzero().squeeze(1)
+        cu_seqlens, max_seqlen = _bounds(pooled)
+        token_cu_seqlens, longest = _bounds(real)
         return cls(
             input_ids=input_ids,
             attention_mask=attention_mask,
             pool_index=pooled.flatten().nonzero().squeeze(1),
             cu_seqlens=cu_seqlens,
-            max_seqlen=int(counts.max()) if len(counts) else 0,
+            max_seqlen=max_seqlen,
+            token_ids=input_ids.flatten()[rows],
+            token_positions=(real.cumsum(1) - 1).flatten()[rows],
+            token_cu_seqlens=token_cu_seqlens,
+            pooled_tokens=pooled.flatten()[rows].nonzero().squeeze(1),
+            longest=longest,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TextBatch:
-        """Copies every tensor to ``device``; ``max_seqlen`` stays a number on the host."""
-        moved = (t.to(device, non_blocking=non_blocking) for t in self[:4])
-        return TextBatch(*moved, max_seqlen=self.max_seqlen)
+        """Copies every tensor to ``device``; ``max_seqlen`` and ``longest`` stay numbers on the host."""
+        return TextBatch(*(t.to(device, non_blocking=non_blocking) if isinstance(t, Tensor) else t for t in self))
+
+    def split(self, tokens: int, *, padded: bool) -> list[TextBatch]:
+        """Cuts the batch into runs of whole texts of at most ``tokens`` tokens; one text alone may have more.
+
+        Waits for the device, where the lengths are. Each run keeps the widths of the whole batch.
+
+        Args:
+            tokens: limit of a run.
+            padded: counts padding, too.
+        """
+        ends, pooled_ends = torch.stack([self.token_cu_seqlens, self.cu_seqlens]).tolist()
+        texts, width = self.input_ids.shape
+        counted = range(0, (texts + 1) * width, width) if padded else ends
+        starts = [0]
+        for text in range(1, texts):
+            if counted[text + 1] - counted[starts[-1]] > tokens:
+                starts.append(text)
+        return [
+            TextBatch(
+                input_ids=self.input_ids[start:stop],
+                attention_mask=self.attention_mask[start:stop],
+                pool_index=self.pool_index[pooled_ends[start] : pooled_ends[stop]] - start * width,
+                cu_seqlens=self.cu_seqlens[start : stop + 1] - pooled_ends[start],
+                max_seqlen=self.max_seqlen,
+                token_ids=self.token_ids[ends[start] : ends[stop]],
+                token_positions=self.token_positions[ends[start] : ends[stop]],
+                token_cu_seqlens=self.token_cu_seqlens[start : stop + 1] - ends[start],
+                pooled_tokens=self.pooled_tokens[pooled_ends[start] : pooled_ends[stop]] - ends[start],
+                longest=self.longest,
+            )
+            for start, stop in zip(starts, [*starts[1:], texts], strict=True)
+        ]
+
+
+def _bounds(mask: Tensor) -> tuple[Tensor, int]:
+    """Offsets (B + 1,) int32 of the True entries of each row of a (B, S) mask, and the most of them in one row."""
+    counts = mask.sum(dim=1)
+    cu_seqlens = torch.zeros(len(counts) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = counts.cumsum(0)
+    return cu_seqlens, int(counts.max()) if len(counts) else 0
 
 
 class TextTokenizer:

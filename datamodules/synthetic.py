@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Unpack
 
 import numpy as np
@@ -57,6 +59,31 @@ class LengthDistribution:
             variance = np.log1p((self.std / self.mean) ** 2)
             drawn = rng.lognormal(np.log(self.mean) - variance / 2, np.sqrt(variance), size)
         return np.clip(np.rint(drawn), 1, self.max_length).astype(np.int64)
+
+
+def read_lengths(path: str | Path) -> dict[str, list[int]]:
+    """Lengths of queries and documents, one for each text, from a table that ``benchmarks.lengths`` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if its columns are others, or a side is missing.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"data.lengths: expected a table of lengths, got {file}, which is no file; correct it")
+    sides: dict[str, list[int]] = {"query": [], "doc": []}
+    with open(file, newline="", encoding="utf-8") as lines:
+        for number, row in enumerate(csv.DictReader(lines), 2):
+            try:
+                sides[row["side"]] += [int(row["tokens"])] * int(row["texts"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"data.lengths: expected side (query or doc), tokens and texts in line {number} of {file}, "
+                    f"got {row}; write it with python -m benchmarks.lengths"
+                ) from error
+    if not all(sides.values()):
+        raise ValueError(f"data.lengths: expected lengths of queries and of documents, got {file} without; add them")
+    return sides
 
 
 class SyntheticExamples:
@@ -125,6 +152,7 @@ class SyntheticDataModule(RetrievalDataModule):
         query_mean, query_std: tokens of a query.
         doc_mean, doc_std: tokens of a document.
         query_lengths, doc_lengths: lists of lengths to draw from instead.
+        lengths: a table of both instead (`read_lengths`), as data/lengths has them of real collections.
         loader: the keywords of RetrievalDataModule; the tokenizers' ``max_length`` cuts lengths.
     """
 
@@ -140,6 +168,7 @@ class SyntheticDataModule(RetrievalDataModule):
         doc_std: float = 80.0,
         query_lengths: Sequence[int] | None = None,
         doc_lengths: Sequence[int] | None = None,
+        lengths: str | Path | None = None,
         **loader: Unpack[LoaderArguments],
     ):
         super().__init__(**loader)
@@ -147,6 +176,10 @@ class SyntheticDataModule(RetrievalDataModule):
             raise ValueError(
                 f"data.size, data.negatives: expected at least 1 and 0, got {size} and {negatives}; correct them"
             )
+        if lengths is not None and (query_lengths or doc_lengths):
+            raise ValueError("data.lengths: expected null beside data.query_lengths and data.doc_lengths; set one kind")
+        if lengths is not None:
+            query_lengths, doc_lengths = read_lengths(lengths).values()
         self.size = size
         self.negatives = negatives
         self._query_lengths = LengthDistribution(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 log = logging.getLogger(__name__)
 
@@ -107,13 +108,24 @@ def cut(model: PreTrainedModel, missing_keys: set[str], mlm_transform: str) -> B
     return take_decoder(model)
 
 
-def longest_input(model: nn.Module) -> int | None:
-    """Most tokens that the model's table of absolute positions allows; None where it has no such table."""
+def position_table(model: nn.Module) -> nn.Embedding | None:
+    """The model's table of absolute positions; None where it has none."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-            # RoBERTa counts positions from padding_idx + 1.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            return module
     return None
+
+
+def first_position(model: nn.Module) -> int:
+    """Position id of a text's first token: the RoBERTa family counts from ``padding_idx + 1``, the others from 0."""
+    table = position_table(model)
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """Most tokens that the model's table of absolute positions allows; None where it has no such table."""
+    table = position_table(model)
+    return None if table is None else table.num_embeddings - first_position(model)
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
@@ -131,7 +143,11 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
 def hidden_rows(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """What the decoder would get: (B, S, D)."""
-    output = model(input_ids=input_ids, attention_mask=attention_mask)
+    return decoder_input(model(input_ids=input_ids, attention_mask=attention_mask))
+
+
+def decoder_input(output: ModelOutput) -> Tensor:
+    """What the decoder would get, from the output of a model whose decoder is nn.Identity, or that has none."""
     return output.logits if "logits" in output else output.last_hidden_state
 
 

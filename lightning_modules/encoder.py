@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import sparton
 from datamodules.collate import TextBatch, TextTokenizer
 from lightning_modules import backbone as loading
 from lightning_modules import decoder as surgery
+from lightning_modules import packed as packed_attention
 from lightning_modules.calibration import document_maxima, logit_deviation
 
 HEADS = {"naive": "NaiveHead", "compiled": "CompiledHead", "tiled": "TiledHead", "sparton": "SpartonHead"}
@@ -69,11 +71,15 @@ class SparseEncoder(nn.Module):
         max_query_length, max_doc_length: in tokens, special tokens included.
         pool_special_tokens: False leaves [CLS], [SEP] and their like out of the pooling.
         activation: ``log1p``, or ``log1p_log1p`` (log1p twice).
-        gradient_checkpointing: recomputes the backbone's layers in the backward pass.
+        gradient_checkpointing: True runs each layer of the backbone again in the backward pass. A number of tokens
+            runs the whole backbone again, so many tokens at a time: of the backbone no batch, however large, keeps
+            more than its output and the activations of that many tokens. A batch of fewer is not run again.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; None lets transformers choose (sdpa where the
             family of models has it).
         dropout: rate of every dropout in the backbone; None keeps the checkpoint's.
         attention_dropout: rate of the attention's dropout; None follows ``dropout``.
+        packed: True runs the backbone on packed tokens, queries and documents together, without padding; False on
+            padded batches; auto packs on a GPU where it can (:meth:`packing`). Never saved: it belongs to the run.
         seed: of random weights.
 
     Raises:
@@ -94,13 +100,15 @@ class SparseEncoder(nn.Module):
         max_doc_length: int = 256,
         pool_special_tokens: bool = True,
         activation: str = "log1p",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
         attn_implementation: str | None = None,
         dropout: float | None = None,
         attention_dropout: float | None = None,
+        packed: str | bool = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__()
+        packed_attention.check_option(packed)
         if mlm_transform not in TRANSFORMS:
             raise ValueError(f"model.mlm_transform: expected one of {', '.join(TRANSFORMS)}, got {mlm_transform!r}")
         self.head_name = resolve_head(head)
@@ -119,8 +127,18 @@ class SparseEncoder(nn.Module):
         parts = surgery.cut(loaded.model, loaded.missing_keys, mlm_transform)
         self.backbone, self.decoder_name = parts.model, parts.decoder_name
         self.backbone.train()
-        if gradient_checkpointing:
+        self._tokens_at_a_time = 0
+        if not isinstance(gradient_checkpointing, bool):
+            self._tokens_at_a_time = _check_tokens(gradient_checkpointing)
+        elif gradient_checkpointing:
             surgery.recompute_layers(self.backbone)
+        self._packed = packed
+        self._obstacle = packed_attention.obstacle(self.backbone.config, attn_implementation)
+        if packed is True and self._obstacle:
+            raise packed_attention.refusal(self._obstacle)
+        if packed is not False and not self._obstacle:
+            packed_attention.prepare(self.backbone)
+        self._first_position = surgery.first_position(self.backbone)
         self.head = getattr(sparton, HEADS[self.head_name]).from_linear(parts.decoder, activation=activation)
         self.register_buffer("logit_scale", torch.ones((), device=parts.decoder.weight.device))
         self.register_load_state_dict_pre_hook(_check_same_vocabulary)
@@ -165,13 +183,58 @@ class SparseEncoder(nn.Module):
                     f"{self._options[side]}; lower model.{side}"
                 )
 
-    def pooled_rows(self, batch: TextBatch) -> Tensor:
+    def packing(self, device: torch.device, dtype: torch.dtype, *, training: bool) -> packed_attention.Packing:
+        """How the backbone runs on a device, and why where it is padded.
+
+        On CUDA it packs the families in ``packed.FAMILIES``, in bfloat16 and float16 through torch's variable-length
+        attention, in float32 through FlexAttention. Neither has dropout, so that a model whose attention has it stays
+        padded in training. On the CPU it packs if told to, text by text.
+
+        Args:
+            device: where it will run.
+            dtype: what it computes in: autocast's dtype, else the weights'.
+            training: whether dropout is active.
+
+        Raises:
+            ValueError: where ``packed`` is True and it can't.
+        """
+        return packed_attention.choose(
+            self._packed, self._obstacle, self.backbone.config, device=device, dtype=dtype, training=training
+        )
+
+    @property
+    def packed(self) -> str:
+        """How the backbone runs now: ``varlen``, ``flex``, ``text`` or ``padded``."""
+        weight = self.head.weight
+        device = weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        return self.packing(device, dtype, training=self.training).mode
+
+    def pooled_rows(self, *batches: TextBatch) -> Tensor:
         """Hidden rows that the head pools over: (N, D), text by text, times ``logit_scale``."""
+        padded, limit = self.packed == "padded", self._tokens_at_a_time
+        tokens = sum((batch.input_ids if padded else batch.token_ids).numel() for batch in batches)
+        if not (limit and torch.is_grad_enabled() and tokens > limit):
+            return self._rows(*batches) * self.logit_scale
+        pieces = [piece for batch in batches for piece in batch.split(limit, padded=padded)]
+        rows = torch.cat([checkpoint(self._rows, piece, use_reentrant=False) for piece in pieces])
+        return rows * self.logit_scale
+
+    def _rows(self, *batches: TextBatch) -> Tensor:
+        mode = self.packed
+        if mode != "padded":
+            return packed_attention.pooled_rows(self.backbone, batches, mode, self._first_position)
+        if len(batches) == 1:
+            return self._padded_rows(batches[0])
+        return torch.cat([self._padded_rows(batch) for batch in batches])
+
+    def _padded_rows(self, batch: TextBatch) -> Tensor:
         hidden = surgery.hidden_rows(self.backbone, batch.input_ids, batch.attention_mask)
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.pool_index) * self.logit_scale
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.pool_index)
 
     def forward(self, *batches: TextBatch) -> Tensor | tuple[Tensor, ...]:
-        """Encodes batches of texts: the backbone runs on each, the head once on the packed rows of all.
+        """Encodes batches of texts: the backbone once on all (packed) or on each (padded), the head once on all.
 
         Args:
             batches: one or more batches, for example queries and documents, on the encoder's device.
@@ -181,13 +244,13 @@ class SparseEncoder(nn.Module):
         """
         if not batches:
             raise ValueError("batches: expected at least one TextBatch, got none")
-        rows, bounds, offset = [], [], 0
+        bounds, offset = [], 0
         for batch in batches:
-            rows.append(self.pooled_rows(batch))
             bounds.append(batch.cu_seqlens[bool(bounds) :] + offset)
             offset += batch.pool_index.shape[0]
-        hidden, cu_seqlens = (rows[0], bounds[0]) if len(rows) == 1 else (torch.cat(rows), torch.cat(bounds))
-        reps = self.head(hidden, cu_seqlens=cu_seqlens, max_seqlen=max(batch.max_seqlen for batch in batches))
+        cu_seqlens = bounds[0] if len(bounds) == 1 else torch.cat(bounds)
+        max_seqlen = max(batch.max_seqlen for batch in batches)
+        reps = self.head(self.pooled_rows(*batches), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         if len(batches) == 1:
             return reps
         return reps.split([batch.input_ids.shape[0] for batch in batches])
@@ -272,6 +335,16 @@ class SparseEncoder(nn.Module):
         encoder = cls(None, head=head, pretrained=False, tokenizer=tokenizer, **options)
         encoder._options["name_or_path"] = hparams["name_or_path"]
         return encoder
+
+
+def _check_tokens(number: object) -> int:
+    """Returns the number of tokens that ``gradient_checkpointing`` gives."""
+    if not isinstance(number, int) or number < 2:
+        raise ValueError(
+            f"model.gradient_checkpointing: expected false, true or a number of tokens, got {number!r}; "
+            "set for example 16384"
+        )
+    return number
 
 
 def _check_same_vocabulary(

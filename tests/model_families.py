@@ -17,6 +17,7 @@ VOCAB_SIZE = 96  # more words than the tokenizer has, as in checkpoints padded t
 TEXTS = ["gene response in the mouse", "cancer", "immune cell study of human blood and drug dose risk"]
 COMMON = {"vocab_size": VOCAB_SIZE, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 40}
 SIZES = {"hidden_size": 16, "intermediate_size": 32}
+PAD_IS_ONE = ("camembert", "roberta", "xlm-roberta")
 FAMILIES: dict[str, dict] = {
     "bert": COMMON | SIZES,
     "distilbert": {
@@ -28,6 +29,7 @@ FAMILIES: dict[str, dict] = {
         "n_heads": 2,
     },
     "roberta": COMMON | SIZES | {"type_vocab_size": 1},
+    "camembert": COMMON | SIZES | {"type_vocab_size": 1},
     "xlm-roberta": COMMON | SIZES | {"type_vocab_size": 1},
     "modernbert": COMMON | SIZES,
     "deberta-v2": COMMON | SIZES | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
@@ -52,7 +54,7 @@ def make_tokenizer(pad_first: bool = True) -> PreTrainedTokenizerFast:
 
 def save_family(family: str, directory: Path, **changes: object) -> Path:
     """Saves a small model of a family with random weights (biases and norms too) and its tokenizer."""
-    tokenizer = make_tokenizer(pad_first="roberta" not in family)
+    tokenizer = make_tokenizer(pad_first=family not in PAD_IS_ONE)
     config = AutoConfig.for_model(family, **FAMILIES[family] | {"pad_token_id": tokenizer.pad_token_id} | changes)
     torch.manual_seed(1)
     model = AutoModelForMaskedLM.from_config(config)

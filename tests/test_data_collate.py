@@ -32,6 +32,32 @@ def test_packed_layout_selects_the_pooled_tokens(pool_special_tokens, side):
     assert batch.max_seqlen == (12 if pool_special_tokens else 10)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("tokens", [1, 20, 30, 1000])
+@pytest.mark.parametrize("pool_special_tokens", [True, False])
+def test_split_keeps_texts_whole_and_in_order(padded, tokens, pool_special_tokens):
+    batch = TextTokenizer(bundled_tokenizer(), 12, pool_special_tokens=pool_special_tokens)([*TEXTS, *TEXTS])
+    pieces = batch.split(tokens, padded=padded)
+    for piece in pieces:
+        own = TextBatch.from_masks(piece.input_ids, piece.attention_mask, _pooled(piece))
+        for name in ("pool_index", "cu_seqlens", "token_ids", "token_positions", "token_cu_seqlens", "pooled_tokens"):
+            assert torch.equal(getattr(piece, name), getattr(own, name)), name
+        used = piece.input_ids.numel() if padded else len(piece.token_ids)
+        assert used <= tokens or len(piece.input_ids) == 1
+    for name in ("input_ids", "attention_mask", "token_ids", "token_positions"):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name)), name
+    assert sum(len(piece.pool_index) for piece in pieces) == len(batch.pool_index)
+    if tokens in (1, 1000):
+        assert len(pieces) == (8 if tokens == 1 else 1)
+
+
+def _pooled(batch: TextBatch) -> torch.Tensor:
+    """The mask (B, S) that pool_index lists."""
+    mask = torch.zeros(batch.input_ids.numel(), dtype=torch.bool)
+    mask[batch.pool_index] = True
+    return mask.view_as(batch.input_ids)
+
+
 def test_lengths_are_those_of_the_batch():
     tokenize = TextTokenizer(bundled_tokenizer(), 12)
     assert tokenize.lengths(TEXTS) == tokenize(TEXTS).attention_mask.sum(1).tolist()

@@ -13,12 +13,12 @@ import torch
 
 from datamodules.beir import load_collection
 from datamodules.beir_module import BeirDataModule, split_train_dev
-from datamodules.collate import TrainBatch
+from datamodules.collate import TextTokenizer, TrainBatch
 from datamodules.examples import LabelledPairs, TitlePairs
 from datamodules.hard_negatives import HardNegativesDataModule
 from datamodules.hf import HFDatasetDataModule
 from datamodules.pool import build_pool
-from datamodules.synthetic import SyntheticDataModule
+from datamodules.synthetic import SyntheticDataModule, read_lengths
 from datamodules.triples import TriplesDataModule
 from tests.data_helpers import ROOT, bundled_tokenizer, loader_arguments, words, write_collection, write_lines
 
@@ -326,6 +326,36 @@ def test_hf_folder_that_is_no_data_set(tmp_path):
     with pytest.raises(ValueError) as caught:
         HFDatasetDataModule(str(tmp_path), **loader_arguments()).setup("fit")
     assert "data.path: expected a folder written by save_to_disk" in one_line(caught)
+
+
+@pytest.mark.parametrize("collection", ["scifact", "squad"])
+def test_synthetic_lengths_of_a_real_collection(collection):
+    path = ROOT / "data" / "lengths" / f"{collection}.csv"
+    sides, longest = read_lengths(path), TextTokenizer(bundled_tokenizer(), 512)
+    module = SyntheticDataModule(lengths=path, size=2000, **loader_arguments(tokenize_query=longest, tokenize_doc=longest))
+    examples = module.load_training().sources[0]
+    for drawn, real in ((examples.query_lengths, sides["query"]), (examples.doc_lengths, sides["doc"])):
+        assert set(drawn.flatten()) <= set(real)
+        assert drawn.mean() == pytest.approx(sum(real) / len(real), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("side,tokens,texts\nquery,3,x\n", "in line 2"),
+        ("side,words\nquery,3\n", "in line 2"),
+        ("side,tokens,texts\nother,3,1\n", "in line 2"),
+        ("side,tokens,texts\nquery,3,1\n", "lengths of queries and of documents"),
+    ],
+)
+def test_a_bad_table_of_lengths_is_one_line(text, message, tmp_path):
+    path = tmp_path / "lengths.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_lengths(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        read_lengths(tmp_path / "missing.csv")
 
 
 def test_synthetic_lengths_and_order():

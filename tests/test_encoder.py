@@ -15,6 +15,8 @@ from lightning_modules.encoder import SparseEncoder, resolve_head
 # DeBERTa in transformers 5.17 scripts a function at import.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 LENGTHS = {"max_query_length": 16, "max_doc_length": 32}
+# Heads of 16 dimensions, the least that packed attention takes in float32 on a GPU.
+WIDE = {"model_type": "bert"} | FAMILIES["bert"] | {"hidden_size": 32}
 
 
 def small(**changes: object) -> SparseEncoder:
@@ -79,7 +81,7 @@ def test_decoder_without_bias_keeps_none(tmp_path):
 def test_several_batches_go_through_the_head_once():
     encoder = small().eval()
     calls = []
-    encoder.head.register_forward_hook(lambda *_: calls.append(1))
+    encoder.head.register_forward_pre_hook(lambda *_: calls.append(1))
     query, doc = encoder.query_tokenizer(TEXTS[:2]), encoder.doc_tokenizer(TEXTS)
     together = encoder(query, doc)
     assert len(calls) == 1
@@ -180,12 +182,50 @@ def test_dropout_and_checkpointing_reach_the_backbone():
     assert all(parameter.grad is not None for parameter in encoder.parameters())
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    plain, recomputed = (small(dropout=0.0, gradient_checkpointing=flag) for flag in (False, True))
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("gradient_checkpointing", [True, 20])
+def test_gradient_checkpointing_gives_the_same_gradients(device, gradient_checkpointing, packed):
+    plain, recomputed = (
+        small(config=WIDE, dropout=0.0, packed=packed, gradient_checkpointing=flag).to(device)
+        for flag in (False, gradient_checkpointing)
+    )
     for encoder in (plain, recomputed):
-        encoder(encoder.doc_tokenizer(TEXTS)).sum().backward()
+        query, doc = (encoder.doc_tokenizer(texts).to(device) for texts in (TEXTS[:2], TEXTS))
+        sum(reps.square().sum() for reps in encoder(query, doc)).backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), recomputed.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_tokens_at_a_time_run_twice_with_the_same_dropout(device, packed, monkeypatch):
+    gradients, calls = [], []
+    for twice in (True, False):
+        rates = {"dropout": 0.3, "attention_dropout": 0.0}
+        encoder = small(config=WIDE, **rates, packed=packed, gradient_checkpointing=20).to(device)
+        encoder.backbone.register_forward_pre_hook(lambda *_, twice=twice: calls.append(twice))
+        if not twice:
+            monkeypatch.setattr("lightning_modules.encoder.checkpoint", lambda run, piece, use_reentrant: run(piece))
+        batch = encoder.doc_tokenizer(TEXTS).to(device)
+        torch.manual_seed(0)
+        encoder(batch).sum().backward()
+        gradients.append([parameter.grad for parameter in encoder.parameters()])
+    pieces = len(batch.split(20, padded=not packed))
+    assert pieces > 1 and calls.count(True) == 2 * pieces and calls.count(False) == pieces
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_batch_of_few_tokens_runs_once_whatever_its_checkpointing():
+    encoder, calls = small(gradient_checkpointing=1000), []
+    encoder.backbone.register_forward_pre_hook(lambda *_: calls.append(1))
+    encoder(encoder.doc_tokenizer(TEXTS)).sum().backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("number", [1, 0, -5, 2.5, "layers"])
+def test_bad_gradient_checkpointing_is_one_line(number):
+    with pytest.raises(ValueError, match=r"model.gradient_checkpointing: expected false, true or a number of tokens"):
+        small(gradient_checkpointing=number)
 
 
 def test_heads_are_resolved(monkeypatch):

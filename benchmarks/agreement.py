@@ -174,7 +174,7 @@ def loss_rows(study: Sequence[Run], rtol: float) -> list[Row]:
                 raise ValueError(f"{run.folder}: expected losses of {len(steps)} steps as in the others; run it again")
         worst: list[Row] = []
         for step in steps:
-            pairs = [(abs(other[seed][step] - naive[seed][step]), seed) for seed in naive]
+            pairs = [(_distance(other[seed][step], naive[seed][step]), seed) for seed in naive]
             difference, seed = max(pairs)
             loss = naive[seed][step]
             row = {"step": step, "seed": seed, "loss_naive": loss, "loss_head": other[seed][step]}
@@ -203,6 +203,11 @@ def read_losses(run: Run) -> dict[int, float]:
         if losses:
             return losses
     raise ValueError(f"{path}: expected a column train/loss with numbers, got none; run with logger=csv")
+
+
+def _distance(a: float, b: float) -> float:
+    """|a - b|; infinity where a loss is not finite, so that no maximum passes over it."""
+    return abs(a - b) if math.isfinite(a) and math.isfinite(b) else math.inf
 
 
 def _heads(study: Sequence[Run]) -> list[str]:

@@ -47,7 +47,7 @@ def tables(folder, *arguments):
     """Exit status and both tables."""
     quality, losses = folder / "out" / "quality.csv", folder / "out" / "losses.csv"
     status = agreement.main([str(folder), "--quality", str(quality), "--losses", str(losses), *arguments])
-    return status, *(list(csv.DictReader(path.open(newline=""))) for path in (quality, losses))
+    return status, *(list(csv.DictReader(path.read_text().splitlines())) for path in (quality, losses))
 
 
 def test_equal_quality_and_agreeing_losses(tmp_path, capsys):

@@ -178,7 +178,8 @@ def loss_rows(study: Sequence[Run], rtol: float) -> list[Row]:
             difference, seed = max(pairs)
             loss = naive[seed][step]
             row = {"step": step, "seed": seed, "loss_naive": loss, "loss_head": other[seed][step]}
-            worst.append(row | {"difference": difference, "relative": difference / abs(loss) if loss else math.inf})
+            relative = difference / abs(loss) if loss and difference < math.inf else math.inf
+            worst.append(row | {"difference": difference, "relative": relative})
         largest = max(worst, key=lambda row: row["relative"])
         agree = largest["relative"] <= rtol
         verdict = {"verdict": f"{'agree' if agree else 'do not agree'} to {rtol:g} of the loss"}

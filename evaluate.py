@@ -21,7 +21,9 @@ def task(cfg: DictConfig) -> None:
     if not cfg.model_path:
         raise ValueError("model_path: expected a checkpoint, a folder or a hub id, got nothing; add model_path=<one>")
     device, autocast_dtype = resolve_compute(cfg.device, cfg.precision)
-    collection, output_dir = open_collection(OmegaConf.select(cfg, "data.path")), Path(cfg.paths.output_dir)
+    where = (OmegaConf.select(cfg, f"data.{name}") for name in ("path", "group_separator"))
+    same_group = OmegaConf.select(cfg, "data.same_group", default="relevant")
+    collection, output_dir = open_collection(*where, same_group), Path(cfg.paths.output_dir)
     split_qrels(collection, cfg.split)  # a split that isn't there shows before a large model is loaded
     encoder = load_encoder(cfg.model_path, head=resolve_head(cfg.head.name, device))
     rows = {"BM25": evaluate_bm25(collection, cfg.split)[0]}

@@ -1,8 +1,9 @@
-"""Makes data/tiny: a lower-cased WordPiece tokenizer of 16,000 words from SciFact's corpus and training queries.
+"""Makes data/tiny and data/multilingual: lower-cased WordPiece tokenizers of the bundled collections.
 
-Run from the repository root: ``python data/make_tokenizer.py``. Two runs give identical files. The trainer of the
-``tokenizers`` library breaks ties by hash order, which differs from run to run, so the merges are chosen here.
-Test queries are never read into the vocabulary.
+Run from the repository root: ``python data/make_tokenizer.py`` makes data/tiny, 16,000 words of SciFact's corpus and
+training queries; with ``--multilingual``, data/multilingual, 32,000 words of the train split of data/xquad. Two runs
+give identical files. The trainer of the ``tokenizers`` library breaks ties by hash order, which differs from run to run,
+so the merges are chosen here. Test queries are never read into the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -23,18 +25,30 @@ PREFIX = "##"
 MIN_CHARACTER_COUNT = 3  # rarer characters become [UNK]
 
 
-def read_texts(collection: Path) -> Iterator[str]:
-    """Titles and abstracts of the corpus, then the queries that occur in the training qrels."""
-    with gzip.open(collection / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            document = json.loads(line)
-            yield f"{document['title']} {document['text']}"
-    qrels = (collection / "qrels" / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    train_ids = {line.split("\t")[0] for line in qrels}
-    with open(collection / "queries.jsonl", encoding="utf-8") as lines:
-        for line in lines:
-            query = json.loads(line)
-            if query["_id"] in train_ids:
+def open_text(path: Path) -> TextIO:
+    """``path`` or, where only that exists, ``path.gz``, opened to read text."""
+    if path.exists():
+        return open(path, encoding="utf-8")
+    return gzip.open(path.with_name(path.name + ".gz"), "rt", encoding="utf-8")
+
+
+def read_texts(collection: Path, *, train_documents: bool = False) -> Iterator[str]:
+    """Titles and texts of the corpus, then the queries that occur in the training qrels.
+
+    Args:
+        collection: a BEIR folder.
+        train_documents: leaves out documents that the training qrels don't name.
+    """
+    with open_text(collection / "qrels" / "train.tsv") as lines:
+        rows = [line.split("\t") for line in lines][1:]
+    train_queries, judged = {row[0] for row in rows}, {row[1] for row in rows}
+    with open_text(collection / "corpus.jsonl") as lines:
+        for document in map(json.loads, lines):
+            if not train_documents or document["_id"] in judged:
+                yield f"{document.get('title', '')} {document['text']}"
+    with open_text(collection / "queries.jsonl") as lines:
+        for query in map(json.loads, lines):
+            if query["_id"] in train_queries:
                 yield query["text"]
 
 
@@ -111,15 +125,26 @@ def merge_pair(symbols: list[str], pair: tuple[str, str], merged: str) -> list[s
     return result
 
 
-def build_tokenizer(collection: Path, size: int) -> Tokenizer:
-    """The tokenizer with BERT's normalisation and its [CLS] text [SEP] template."""
-    normalizer = normalizers.BertNormalizer(lowercase=True)
+def build_tokenizer(collection: Path, size: int, *, multilingual: bool = False) -> Tokenizer:
+    """The tokenizer with BERT's normalisation and its [CLS] text [SEP] template.
+
+    Args:
+        collection: a BEIR folder.
+        size: words of the vocabulary, special tokens included.
+        multilingual: reads the documents of the train split alone, and keeps accents, which BERT strips when it
+            lower-cases: the vowels of Hindi and Thai and the tones of Vietnamese are such marks. A Thai sentence is
+            written without spaces, one word of up to 1,000 characters here.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False if multilingual else None)
     tokenizer = Tokenizer(models.WordPiece(vocab={}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    vocabulary = learn_vocabulary(count_words(read_texts(collection), tokenizer), size)
+    vocabulary = learn_vocabulary(count_words(read_texts(collection, train_documents=multilingual), tokenizer), size)
     ids = {token: index for index, token in enumerate(vocabulary)}
-    tokenizer.model = models.WordPiece(vocab=ids, unk_token="[UNK]", continuing_subword_prefix=PREFIX)
+    longest = 1000 if multilingual else 100
+    tokenizer.model = models.WordPiece(
+        vocab=ids, unk_token="[UNK]", continuing_subword_prefix=PREFIX, max_input_chars_per_word=longest
+    )
     tokenizer.decoder = decoders.WordPiece(prefix=PREFIX)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -133,12 +158,18 @@ def build_tokenizer(collection: Path, size: int) -> Tokenizer:
 def main() -> None:
     """Writes tokenizer.json and tokenizer_config.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--collection", type=Path, default=HERE / "scifact")
-    parser.add_argument("--output", type=Path, default=HERE / "tiny")
-    parser.add_argument("--size", type=int, default=16_000)
+    parser.add_argument("--multilingual", action="store_true", help="data/multilingual from data/xquad")
+    parser.add_argument("--collection", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--size", type=int)
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    build_tokenizer(arguments.collection, arguments.size).save(str(arguments.output / "tokenizer.json"))
+    multilingual = arguments.multilingual
+    collection = arguments.collection or HERE / ("xquad" if multilingual else "scifact")
+    output = arguments.output or HERE / ("multilingual" if multilingual else "tiny")
+    size = arguments.size or (32_000 if multilingual else 16_000)
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(collection, size, multilingual=multilingual)
+    tokenizer.save(str(output / "tokenizer.json"), pretty=not multilingual)
     config = {
         "tokenizer_class": "BertTokenizerFast",
         "do_lower_case": True,
@@ -148,9 +179,9 @@ def main() -> None:
         "cls_token": "[CLS]",
         "sep_token": "[SEP]",
         "mask_token": "[MASK]",
-    }
+    } | ({"strip_accents": False} if multilingual else {})
     text = json.dumps(config, indent=2) + "\n"
-    (arguments.output / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    (output / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class Collection:
         texts: their texts without the title.
         queries: text of each query id, all splits together.
         qrels: split -> query id -> document id -> grade.
+        group_separator: stands between group and member in ids (``datamodules/groups.py``); None: no groups.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Collection:
     texts: list[str]
     queries: dict[str, str]
     qrels: dict[str, Qrels]
+    group_separator: str | None = None
 
     def documents(self) -> list[str]:
         """What is encoded for each document: title and text with a space between."""
@@ -76,7 +78,7 @@ def merge_collections(collections: Sequence[Collection]) -> Collection:
             f"data.path: expected folders of different names, because ids are prefixed with them, got {names};"
             " rename one"
         )
-    merged = Collection("+".join(names), [], [], [], {}, {})
+    merged = Collection("+".join(names), [], [], [], {}, {}, collections[0].group_separator)
     for part in collections:
         prefix = f"{part.name}/"
         merged.doc_ids.extend(prefix + doc_id for doc_id in part.doc_ids)

@@ -12,6 +12,7 @@ import numpy as np
 from datamodules.base import LoaderArguments, RetrievalDataModule, TrainingData
 from datamodules.beir import Collection, Qrels, load_collection, merge_collections, prefix_qrels
 from datamodules.examples import ExampleSource, LabelledPairs, TitlePairs
+from datamodules.groups import related_qrels, with_groups
 from datamodules.pool import Pool, bm25_top, build_pool
 from datamodules.splits import digest, held_out
 
@@ -68,6 +69,11 @@ class BeirDataModule(RetrievalDataModule):
         negatives: documents besides the positive for every query, drawn from BM25's best ones that no judgement of
             the training split calls relevant (for title pairs: from all documents).
         negatives_depth: how many of BM25's documents negatives are drawn from.
+        group_separator: stands between a group and its member in ids, such as the passage and the language of "p12/de";
+            None: documents come alone.
+        same_group: other members of a relevant document's group are ``relevant`` too (positives of training, and
+            relevant in dev and test), or ``excluded`` (neither positives nor negatives of training, judged as the
+            files judge them). Used with ``group_separator``.
         loader: the keywords of RetrievalDataModule.
     """
 
@@ -79,6 +85,8 @@ class BeirDataModule(RetrievalDataModule):
         title_pairs: float = 0.0,
         negatives: int = 0,
         negatives_depth: int = 100,
+        group_separator: str | None = None,
+        same_group: str = "relevant",
         **loader: Unpack[LoaderArguments],
     ):
         super().__init__(**loader)
@@ -97,14 +105,21 @@ class BeirDataModule(RetrievalDataModule):
                 f"data.negatives: expected a number from 0 to data.negatives_depth={negatives_depth}, got {negatives};"
                 " lower data.negatives"
             )
+        if title_pairs and group_separator is not None:
+            raise ValueError(
+                f"data.title_pairs: expected 0 with data.group_separator, got {title_pairs}: titles of one group would be"
+                " negatives of each other; set data.title_pairs=0"
+            )
         self.weights = None if weights is None else list(weights)
         self.title_pairs = title_pairs
         self.negatives = negatives
         self.negatives_depth = negatives_depth
+        self.group_separator = group_separator
+        self.same_group = same_group
 
     @cached_property
     def _parts(self) -> list[Collection]:
-        return [load_collection(path) for path in self.paths]
+        return [with_groups(load_collection(path), self.group_separator, self.same_group) for path in self.paths]
 
     @cached_property
     def collection(self) -> Collection:
@@ -190,10 +205,13 @@ class BeirDataModule(RetrievalDataModule):
         return sources
 
     def _labelled_pairs(self, qrels: Qrels, documents: list[str]) -> LabelledPairs:
+        related = qrels
+        if self.group_separator is not None and self.same_group == "excluded":
+            related = related_qrels(qrels, self.collection.doc_ids, self.group_separator)
         negatives = None
         if self.negatives and qrels:
-            negatives = self._mine(qrels, documents)
-        return LabelledPairs(self.collection, documents, qrels, negatives, self.negatives)
+            negatives = self._mine(related, documents)
+        return LabelledPairs(self.collection, documents, qrels, negatives, self.negatives, related)
 
     def _mine(self, qrels: Qrels, documents: list[str]) -> dict[str, list[int]]:
         """BM25's best documents for each training query without the relevant ones, filled up at random if few."""

@@ -84,6 +84,7 @@ class LabelledPairs:
         qrels: the judgements of the training queries.
         negatives: documents (positions in the corpus) to draw negatives from, for each query id.
         count: how many negatives an example gets.
+        related: judgements of the same queries that name every document which must not be a negative; None: ``qrels``.
     """
 
     def __init__(
@@ -93,15 +94,21 @@ class LabelledPairs:
         qrels: Qrels,
         negatives: dict[str, list[int]] | None = None,
         count: int = 0,
+        related: Qrels | None = None,
     ):
         position = {doc_id: index for index, doc_id in enumerate(collection.doc_ids)}
         self.documents = documents
         self.queries = {query_id: collection.queries[query_id] for query_id in qrels}
-        self.relevant = {
-            query_id: frozenset(position[doc_id] for doc_id, grade in grades.items() if grade >= 1)
-            for query_id, grades in qrels.items()
-        }
-        self.pairs = [(query_id, doc) for query_id, docs in self.relevant.items() for doc in sorted(docs)]
+
+        def positions(judged: Qrels) -> dict[str, frozenset[int]]:
+            return {
+                query_id: frozenset(position[doc_id] for doc_id, grade in grades.items() if grade >= 1)
+                for query_id, grades in judged.items()
+            }
+
+        positives = positions(qrels)
+        self.relevant = positives if related is None else positions(related)
+        self.pairs = [(query_id, doc) for query_id, docs in positives.items() for doc in sorted(docs)]
         self.negatives = negatives
         self.count = count
 

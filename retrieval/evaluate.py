@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from datamodules.beir import Collection, Qrels, load_collection
+from datamodules.groups import member_of, with_groups
 from retrieval.bm25 import bm25_search
 from retrieval.encode import SIDES, encode_texts
-from retrieval.measure import measure, sparsity, write_trec_run
+from retrieval.measure import Run, measure, sparsity, write_trec_run
 from retrieval.search import ranked_run, search
 
 DEPTH = 1000  # results per query, for recall@1000
@@ -18,19 +19,23 @@ DEPTH = 1000  # results per query, for recall@1000
 Results = tuple[dict[str, float], dict[str, dict[str, float]]]
 
 
-def open_collection(path: object) -> Collection:
+def open_collection(path: object, group_separator: str | None = None, same_group: str = "relevant") -> Collection:
     """The BEIR collection in the folder that ``data.path`` names.
+
+    Args:
+        path: the folder.
+        group_separator, same_group: see :func:`datamodules.groups.with_groups`.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if ``path`` isn't one path, or the folder's files are malformed.
+        ValueError: if ``path`` isn't one path, the folder's files are malformed, or there are no such groups.
     """
     if not isinstance(path, str | Path) or not str(path):
         raise ValueError(
             f"data.path: expected one folder in the BEIR layout, got {path}; use data=scifact or"
             " data=beir data.path=<folder>"
         )
-    return load_collection(path)
+    return with_groups(load_collection(path), group_separator, same_group)
 
 
 def split_qrels(collection: Collection, split: str) -> Qrels:
@@ -46,6 +51,22 @@ def split_qrels(collection: Collection, split: str) -> Qrels:
             f" add qrels/{split}.tsv"
         )
     return collection.qrels[split]
+
+
+def effectiveness(collection: Collection, qrels: Qrels, run: Run) -> dict[str, float]:
+    """What :func:`retrieval.measure.measure` says of all queries, and ``ndcg@10/<member>`` where ids have groups.
+
+    The member is what stands after the separator in a query's id, such as its language: "q7/de" counts for
+    ``ndcg@10/de``.
+    """
+    figures = measure(qrels, run)
+    separator = collection.group_separator
+    if separator is None:
+        return figures
+    parts: dict[str, Qrels] = {}
+    for query_id, grades in qrels.items():
+        parts.setdefault(member_of(query_id, separator), {})[query_id] = grades
+    return figures | {f"ndcg@10/{name}": measure(parts[name], run)["ndcg@10"] for name in sorted(parts) if name}
 
 
 def evaluate_collection(
@@ -72,7 +93,7 @@ def evaluate_collection(
 
     Returns:
         figures: ``ndcg@10``, ``mrr@10``, ``recall@100``, ``recall@1000``, ``active_dims_query``,
-            ``active_dims_doc`` and ``flops``.
+            ``active_dims_doc`` and ``flops``; ``ndcg@10/<member>`` where ids have groups.
         run: query id -> document id -> score, the best 1000.
 
     Raises:
@@ -96,7 +117,7 @@ def evaluate_collection(
     run = ranked_run(*search(vectors["query"], vectors["doc"], DEPTH), list(qrels), collection.doc_ids)
     if output_dir is not None:
         write_trec_run(Path(output_dir) / "run.trec", run, "sparton")
-    return measure(qrels, run) | sparsity(vectors["query"], vectors["doc"]), run
+    return effectiveness(collection, qrels, run) | sparsity(vectors["query"], vectors["doc"]), run
 
 
 def evaluate_bm25(collection: Collection, split: str) -> Results:
@@ -108,4 +129,4 @@ def evaluate_bm25(collection: Collection, split: str) -> Results:
     qrels = split_qrels(collection, split)
     queries = [collection.queries[query_id] for query_id in qrels]
     run = ranked_run(*bm25_search(collection.documents(), queries, DEPTH), list(qrels), collection.doc_ids)
-    return measure(qrels, run), run
+    return effectiveness(collection, qrels, run), run

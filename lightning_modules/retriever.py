@@ -22,7 +22,7 @@ SIDES = ("query", "doc")
 class SparseRetriever(L.LightningModule):
     """Trains a :class:`SparseEncoder` with a ranking loss and a sparsity regulariser on each side.
 
-    Queries and documents of a step go through the backbone apart and through the head together, in one call.
+    Queries and documents of a step go through the head together, in one call; also through the backbone where it is packed.
 
     Args:
         encoder: backbone and head.

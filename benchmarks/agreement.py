@@ -12,38 +12,17 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from benchmarks.collect import collect
+from reporting.runs import Run, read_run
+from reporting.seeds import compare, deviation
 
 BASELINE = "naive"
 MEASURES = ("ndcg@10", "mrr@10", "recall@100")
 MACHINE = ("device", "torch_version", "triton_version", "commit")
-FREE = {"head", "seed", "paths", "logger", "ckpt_path"}  # in which runs of one study may differ
 RTOL = 0.01
 
 Row = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: what was trained on what, with which head and seed, and its summary."""
-
-    folder: Path
-    dataset: str
-    model: str
-    head: str
-    seed: int
-    settings: dict[str, object]
-    summary: Row
-
-    @property
-    def study(self) -> tuple[str, str]:
-        """Dataset and model: runs with the same are compared."""
-        return self.dataset, self.model
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -58,12 +37,12 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
         raise ValueError("FOLDER: expected folders of finished runs, found no summary.json; name outputs of train.py")
     first: dict[object, Run] = {}
     for run in runs:
-        same = first.setdefault((run.study, run.head, run.seed), run)
+        same = first.setdefault((_study(run), run.head, run.seed), run)
         if same is not run:
             raise ValueError(f"{run.folder}: the same dataset, model, head and seed as {same.folder}; name only one")
-        like = first.setdefault(run.study, run)
-        names = run.settings.keys() | like.settings
-        differ = [name for name in names if run.settings.get(name) != like.settings.get(name)]
+        like = first.setdefault(_study(run), run)
+        names = run.identity.keys() | like.identity
+        differ = [name for name in names if run.identity.get(name) != like.identity.get(name)]
         if differ:
             raise ValueError(
                 f"{run.folder}: expected the settings of {like.folder} but for head and seed, got other values of"
@@ -73,25 +52,16 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def _read_run(folder: Path) -> Run:
-    summary = collect([folder])[0]
-    config = folder / ".hydra" / "config.yaml"
-    if summary.get("status") != "finished" or not config.is_file():
-        status = summary.get("status")
+    run = read_run(folder, folder.name)
+    if not run.finished or not run.config:
+        status = run.status if run.config else "without .hydra/config.yaml"
         raise ValueError(f"{folder}: expected a finished run of train.py, got status {status}; run it again")
-    cfg = OmegaConf.to_container(OmegaConf.load(config))
-    paths = cfg["data"].get("path") or cfg["data"]["_target_"]
-    dataset = "+".join(Path(path).name for path in ([paths] if isinstance(paths, str) else paths))
-    settings = {name: value for name, value in _flat(cfg) if name.split(".")[0] not in FREE}
-    model = Path(str(cfg["model"]["name_or_path"])).name
-    return Run(folder, dataset, model, str(summary["head"]), int(cfg["seed"]), settings, summary)
+    return run
 
 
-def _flat(node: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
-    for name, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def _study(run: Run) -> tuple[str, str]:
+    """Dataset and model: runs with the same are compared."""
+    return run.dataset, run.model
 
 
 def studies(runs: Sequence[Run]) -> list[list[Run]]:
@@ -101,8 +71,8 @@ def studies(runs: Sequence[Run]) -> list[list[Run]]:
         ValueError: for a study without the naive head, without another, or with other seeds for one of its heads.
     """
     grouped: dict[tuple[str, str], list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.study, run.head != BASELINE, run.head, run.seed)):
-        grouped.setdefault(run.study, []).append(run)
+    for run in sorted(runs, key=lambda run: (_study(run), run.head != BASELINE, run.head, run.seed)):
+        grouped.setdefault(_study(run), []).append(run)
     for study, members in grouped.items():
         seeds = {head: [run.seed for run in members if run.head == head] for head in _heads(members)}
         if BASELINE not in seeds or len(seeds) < 2 or any(s != seeds[BASELINE] for s in seeds.values()):
@@ -116,9 +86,7 @@ def studies(runs: Sequence[Run]) -> list[list[Run]]:
 def quality_rows(study: Sequence[Run]) -> list[Row]:
     """A row for each run, for each head's mean, and for each comparison with the naive head, of every language.
 
-    The verdict is "equal within the spread of the seeds" where the means differ by at most ``allowed``, two pooled
-    standard deviations over the seeds: ``2 sqrt((var_naive + var_head) / 2)`` for as many seeds each, with the sample
-    variance. With three seeds that is a little stricter than Student's t-test at the 5% level (2.27 of them).
+    The verdict is that of :func:`reporting.seeds.compare`.
     """
     rows: list[Row] = []
     keys = sorted(key for key in study[0].summary if key == "test/ndcg@10" or key.startswith("test/ndcg@10/"))
@@ -137,25 +105,11 @@ def quality_rows(study: Sequence[Run]) -> list[Row]:
             rows.append(row | _machine(run))
         for head, figures in values.items():
             mean = {"row": "mean"} | about | {"head": head, "ndcg@10": statistics.fmean(figures)}
-            rows.append(mean | {"sd": _deviation(figures), "range": max(figures) - min(figures)} | _machine(study[0]))
+            rows.append(mean | {"sd": deviation(figures), "range": max(figures) - min(figures)} | _machine(study[0]))
         for head in list(values)[1:]:
             verdict = {"row": "verdict"} | about | {"head": head} | compare(values[BASELINE], values[head])
             rows.append(verdict | _machine(study[0]))
     return rows
-
-
-def compare(baseline: Sequence[float], other: Sequence[float]) -> Row:
-    """Difference of the means, how large it may be, and the verdict."""
-    difference = statistics.fmean(other) - statistics.fmean(baseline)
-    if len(baseline) < 2:
-        return {"difference": difference, "allowed": None, "verdict": "one seed: no spread to compare with"}
-    allowed = 2 * math.sqrt((_deviation(baseline) ** 2 + _deviation(other) ** 2) / 2)
-    equal = "equal within the spread of the seeds"
-    return {
-        "difference": difference,
-        "allowed": allowed,
-        "verdict": equal if abs(difference) <= allowed else f"not {equal}",
-    }
 
 
 def loss_rows(study: Sequence[Run], rtol: float) -> list[Row]:
@@ -165,9 +119,9 @@ def loss_rows(study: Sequence[Run], rtol: float) -> list[Row]:
         ValueError: where the runs of a seed logged other steps, or none.
     """
     rows: list[Row] = []
-    naive = {run.seed: read_losses(run) for run in study if run.head == BASELINE}
+    naive = {run.seed: _losses(run) for run in study if run.head == BASELINE}
     for head in _heads(study)[1:]:
-        other = {run.seed: read_losses(run) for run in study if run.head == head}
+        other = {run.seed: _losses(run) for run in study if run.head == head}
         steps = list(naive[next(iter(naive))])
         for run in study:
             if run.head in (BASELINE, head) and list((naive if run.head == BASELINE else other)[run.seed]) != steps:
@@ -190,20 +144,16 @@ def loss_rows(study: Sequence[Run], rtol: float) -> list[Row]:
     return rows
 
 
-def read_losses(run: Run) -> dict[int, float]:
-    """Step to training loss, from ``metrics.csv``.
+def _losses(run: Run) -> dict[int, float]:
+    """Step to training loss.
 
     Raises:
-        ValueError: if the file is missing or has no losses.
+        ValueError: if the run has none.
     """
-    path = run.folder / "metrics.csv"
-    if path.is_file():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
-        losses = {int(row["step"]): float(row["train/loss"]) for row in rows}
-        if losses:
-            return losses
-    raise ValueError(f"{path}: expected a column train/loss with numbers, got none; run with logger=csv")
+    if not run.losses:
+        path = run.folder / "metrics.csv"
+        raise ValueError(f"{path}: expected a column train/loss with numbers, got none; run with logger=csv")
+    return run.losses
 
 
 def _distance(a: float, b: float) -> float:
@@ -213,10 +163,6 @@ def _distance(a: float, b: float) -> float:
 
 def _heads(study: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(run.head for run in study))
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _machine(run: Run) -> Row:

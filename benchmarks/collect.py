@@ -1,35 +1,35 @@
-"""Runs to one CSV: a line for each summary.json below the folders given.  python benchmarks/collect.py OUT.csv FOLDER..."""
+"""Runs to one CSV: a line for each summary.json below the folders given.  python -m benchmarks.collect OUT.csv FOLDER..."""
 
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-LOCAL = ("model.name_or_path=", "ckpt_path=", "data.path=", "hydra.", "paths.")
+from reporting.runs import read_overrides, read_summary
 
 
 def collect(folders: list[Path]) -> list[dict[str, object]]:
-    """Reads every ``summary.json`` below ``folders``; the run's overrides come from ``.hydra/overrides.yaml``."""
+    """A row for each ``summary.json`` below ``folders``, after the run's overrides.
+
+    Raises:
+        ValueError: for a summary that can't be read.
+    """
     rows = []
     for path in sorted(p for folder in folders for p in folder.rglob("summary.json")):
-        overrides = path.parent / ".hydra" / "overrides.yaml"
-        said = OmegaConf.load(overrides) if overrides.exists() else []
-        # A local path says nothing to a reader.
-        shown = [line for line in said if not line.startswith(LOCAL)]
-        summary = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("best_checkpoint", "error")}
-        rows.append({"overrides": " ".join(shown)} | summary)
+        summary = {k: v for k, v in read_summary(path).items() if k not in ("best_checkpoint", "error")}
+        rows.append({"overrides": " ".join(read_overrides(path.parent))} | summary)
     return rows
 
 
 def main() -> None:
     """Writes the union of all columns, in the order in which they were first seen."""
     if len(sys.argv) < 3:
-        sys.exit("usage: python benchmarks/collect.py OUT.csv FOLDER...")
-    rows = collect([Path(folder) for folder in sys.argv[2:]])
+        sys.exit("usage: python -m benchmarks.collect OUT.csv FOLDER...")
+    try:
+        rows = collect([Path(folder) for folder in sys.argv[2:]])
+    except ValueError as error:
+        sys.exit(str(error))
     if not rows:
         sys.exit(f"no summary.json below {' '.join(sys.argv[2:])}: name the output folder of a finished run")
     columns = list(dict.fromkeys(column for row in rows for column in row))

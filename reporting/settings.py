@@ -1,0 +1,189 @@
+"""Which runs can be compared, under which settings, and what the heads are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reporting.runs import Run
+
+BASELINE = "naive"
+HEADS = ("naive", "compiled", "tiled", "sparton")
+MODES = ("padded", "text", "flex", "varlen")
+
+# Settings in which compared runs may differ besides head and seed, by the names under which they stand.
+PACKED = ("model.packed",)
+BATCH = ("batch.size", "batch.tokens", "data.batch_size", "data.batch_tokens")
+FOUND = (*BATCH, "find_batch")
+LENGTH = ("model.max_doc_length",)
+VOCABULARY = ("model.config.vocab_size",)
+SPARSITY = ("flops_weight", "regularizer.query.flops.weight", "regularizer.doc.flops.weight")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs on one device that differ in nothing but head, seed and what was freed."""
+
+    runs: tuple[Run, ...]
+    free: tuple[str, ...]
+
+
+def groups(runs: Iterable[Run], free: Sequence[str]) -> list[Group]:
+    """Puts together what can be compared, in the order of the runs; never runs of two devices or memory limits."""
+    found: dict[object, list[Run]] = {}
+    for run in runs:
+        fixed = sorted((name, repr(v)) for name, v in run.identity.items() if not name.startswith(tuple(free)))
+        machine = (str(run.summary.get("device")), run.number("find_batch/limit_gib"), run.batch_unit)
+        found.setdefault((machine, tuple(fixed)), []).append(run)
+    return [Group(tuple(members), tuple(free)) for members in found.values()]
+
+
+def labels(runs: Sequence[Run]) -> dict[str, str]:
+    """Name of each run to its head's label, which says how the backbone ran where that differs among the runs."""
+    modes: dict[str, set[str]] = {}
+    for run in runs:
+        if run.summary.get("packed"):
+            modes.setdefault(run.head, set()).add(str(run.summary["packed"]))
+    differ = len(set().union(*modes.values())) > 1
+    named = {}
+    for run in runs:
+        # A failed run doesn't say how its backbone would have run: as the others with its head, where these agree.
+        likely = modes.get(run.head, set())
+        mode = run.summary.get("packed") or (next(iter(likely)) if len(likely) == 1 else None)
+        named[run.name] = f"{run.head} ({mode})" if differ and mode else run.head
+    return named
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Labels, each once: heads from the naive to the fused one, others after them, padded before packed."""
+
+    def key(label: str) -> tuple[int, str, int]:
+        head, _, mode = label.removesuffix(")").partition(" (")
+        place = HEADS.index(head) if head in HEADS else len(HEADS)
+        return place, head, MODES.index(mode) if mode in MODES else -1
+
+    return sorted(set(names), key=key)
+
+
+def baseline(names: Iterable[str]) -> str | None:
+    """The label that ratios are formed against: the naive head's, padded where there are two; None without one."""
+    return next((label for label in in_order(names) if label.split(" ")[0] == BASELINE), None)
+
+
+def precision(run: Run) -> str | None:
+    """What the trainer computed in; ``auto`` is what it means on the run's device."""
+    said = run.summary.get("precision") or run.settings.get("trainer.precision")
+    if said == "auto":
+        on_cpu = str(run.summary.get("device")).startswith("cpu") or run.settings.get("trainer.accelerator") == "cpu"
+        return "32-true" if on_cpu else "auto (bf16-mixed where the card has it)"
+    return None if said is None else str(said)
+
+
+def _checkpointing(run: Run) -> str | None:
+    said = run.settings.get("model.gradient_checkpointing")
+    if said is None or isinstance(said, bool):
+        return {None: None, True: "layer by layer", False: "off"}[said]
+    return f"{said:,} tokens at a time" if isinstance(said, int) else str(said)
+
+
+def _optimizer(run: Run) -> str | None:
+    lr, decay = run.settings.get("optimizer.lr"), run.settings.get("optimizer.weight_decay")
+    return None if lr is None else f"AdamW, lr {lr:g}" + (f", decay {decay:g}" if decay else "")
+
+
+def _batch(run: Run) -> str | None:
+    if run.searched or run.batch is None:
+        return "largest" if run.searched else None
+    return f"{run.batch:,.0f} {run.batch_unit}"
+
+
+def _loss(run: Run) -> str | None:
+    names = [name.split(".")[2] for name in run.settings if name.startswith("loss.losses.")]
+    return " + ".join(dict.fromkeys(names)) or None
+
+
+def _setting(name: str) -> Callable[[Run], Any]:
+    return lambda run: run.settings.get(name)
+
+
+# What a reader needs beside a figure: title, and where it comes from.
+SETTINGS: dict[str, Callable[[Run], Any]] = {
+    "model": lambda run: run.model,
+    "vocabulary": _setting("model.config.vocab_size"),
+    "data": lambda run: run.dataset,
+    "longest query": _setting("model.max_query_length"),
+    "longest document": _setting("model.max_doc_length"),
+    "negatives": _setting("data.negatives"),
+    "precision": precision,
+    "checkpointing": _checkpointing,
+    "optimizer": _optimizer,
+    "accumulation": _setting("trainer.accumulate_grad_batches"),
+    "loss": _loss,
+    "FLOPS weight": _setting("flops_weight"),
+    "dropout": _setting("model.dropout"),
+    "attention dropout": _setting("model.attention_dropout"),
+    "steps": _setting("trainer.max_steps"),
+    "batch": _batch,
+    "memory limit, GiB": lambda run: run.number("find_batch/limit_gib"),
+    "device": lambda run: run.summary.get("device"),
+}
+
+
+def values(group: Group) -> dict[str, Any]:
+    """The settings that all runs of a group share, by title; a number where the setting is one."""
+    found = {}
+    for title, read in SETTINGS.items():
+        told = {repr(value): value for value in map(read, group.runs) if value is not None}
+        if len(told) == 1:
+            found[title] = next(iter(told.values()))
+    return found
+
+
+def differing(of: Sequence[Group]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The titles of settings that tell the groups apart, and each group's values.
+
+    Where the settings that readers know don't, the configuration's own names follow.
+    """
+    told = [values(group) for group in of]
+    titles = [title for title in SETTINGS if len({repr(one.get(title)) for one in told}) > 1]
+    seen: dict[object, list[int]] = {}
+    for place, one in enumerate(told):
+        seen.setdefault(tuple(repr(one.get(title)) for title in titles), []).append(place)
+    for alike in seen.values():
+        if len(alike) < 2:
+            continue
+        members = [of[place].runs[0].identity for place in alike]
+        names = dict.fromkeys(name for member in members for name in member)
+        for name in names:
+            if name.startswith(of[0].free) or len({repr(member.get(name)) for member in members}) < 2:
+                continue
+            titles += [name] if name not in titles else []
+            for one, group in zip(told, of, strict=True):
+                one[name] = group.runs[0].identity.get(name)
+    return titles, told
+
+
+def shared(of: Sequence[Group]) -> str:
+    """One sentence part with the settings that all groups have in common: ``precision bf16-mixed; ...``."""
+    told = [values(group) for group in of]
+    same = {t: v for t, v in (told[0] if told else {}).items() if all(repr(o.get(t)) == repr(v) for o in told)}
+    hidden = {"accumulation": 1, "negatives": 0}  # what is not used needs no word
+    return "; ".join(f"{t} {text(v)}" for t, v in same.items() if hidden.get(t) != v)
+
+
+def title(one: dict[str, Any], titles: Sequence[str]) -> str:
+    """The name of a group among others: the values of what differs."""
+    bare = {"model", "data", "device", "precision"}
+    return ", ".join(
+        text(one[t]) if t in bare else f"{t} {text(one[t])}" for t in titles if one.get(t) is not None
+    )  # fmt: skip
+
+
+def text(value: Any) -> str:
+    """A setting for a reader: numbers with separators of thousands, truth as yes and no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)

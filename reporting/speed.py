@@ -1,0 +1,286 @@
+"""Sections on the largest batch, throughput, peak memory, the parts of a step and the warm-up, each beside the naive head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from reporting.document import Block, Column, Picture, Section, Table, plain, ratio
+from reporting.runs import Run
+from reporting.settings import BATCH, FOUND, PACKED, Group, baseline, differing, groups, in_order, shared, title
+
+MIB = 1024
+PARTS = ("backbone", "head", "loss", "optimizer", "other")
+BARS = 18  # as many as a figure has room for
+RATE = "perf/samples_per_sec"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The runs of one label in one group: the same settings with several seeds, or a single run."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    def mean(self, name: str, unit: float = 1.0) -> float | None:
+        """Mean of a figure over the runs that have it."""
+        found = [value for run in self.runs if (value := run.number(name)) is not None]
+        return fmean(found) / unit if found else None
+
+    @property
+    def batch(self) -> float | None:
+        """The batch, or the mean of what the searches found."""
+        found = [run.batch for run in self.runs if run.batch is not None and (run.largest or not run.searched)]
+        return fmean(found) if found else None
+
+    @property
+    def samples(self) -> float | None:
+        """Queries in a step."""
+        return self.mean("perf/batch_size") or (self.batch if self.runs[0].batch_unit == "queries" else None)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Milliseconds of a step by part; empty where they were not measured."""
+        found = {part: self.mean(f"perf/{part}_ms") for part in PARTS}
+        return {} if None in found.values() else found
+
+    @property
+    def note(self) -> str | None:
+        """Why there are no figures; None where there are."""
+        if any(run.finished for run in self.runs):
+            return None
+        return "out of memory" if any(run.out_of_memory for run in self.runs) else self.runs[0].status
+
+
+def entries(group: Group, named: Mapping[str, str]) -> dict[str, Entry]:
+    """The group's runs by label; those that did not finish only where no other of that label did."""
+    found: dict[str, Entry] = {}
+    for label in in_order(named[run.name] for run in group.runs):
+        runs = [run for run in group.runs if named[run.name] == label]
+        found[label] = Entry(label, tuple([run for run in runs if run.finished] or runs))
+    return found
+
+
+def against(value: float | None, base: float | None) -> float | None:
+    """A ratio; None where one side is missing."""
+    return value / base if value is not None and base else None
+
+
+def with_rivals(found: Sequence[Group], named: Mapping[str, str]) -> list[Group]:
+    """The groups in which heads can be compared; all of them where there are none."""
+    several = [group for group in found if len({named[run.name] for run in group.runs}) > 1]
+    return several or list(found)
+
+
+def same_batch(runs: Sequence[Run], named: Mapping[str, str]) -> list[Group]:
+    """Groups of runs with one batch in which something was timed."""
+    found = groups([run for run in runs if not run.searched], PACKED)
+    return with_rivals([group for group in found if any(run.number(RATE) for run in group.runs)], named)
+
+
+def own_largest(runs: Sequence[Run], named: Mapping[str, str]) -> list[Group]:
+    """Groups of runs that differ in the batch that find_batch found."""
+    return with_rivals(groups([run for run in runs if run.searched], (*FOUND, *PACKED)), named)
+
+
+def rows(found: Sequence[Group], named: Mapping[str, str], read: Any) -> tuple[list[str], list[list[Any]], frozenset[int]]:
+    """Titles of the settings that differ, a row for each entry, and where groups begin.
+
+    ``read`` gives the cells after the head's label from an entry and the naive head's (None without one).
+    """
+    titles, told = differing(found)
+    lines, starts = [], set()
+    for group, one in zip(found, told, strict=True):
+        members = entries(group, named)
+        base = members.get(baseline(members) or "")
+        starts.add(len(lines))
+        lines += [[*(one.get(t) for t in titles), label, *read(entry, base)] for label, entry in members.items()]
+    return titles, lines, frozenset(starts)
+
+
+def _columns(titles: Sequence[str], *others: Column) -> list[Column]:
+    numeric = {"vocabulary", "longest document", "longest query", "negatives", "steps", "memory limit, GiB"}
+    return [*(Column(t, t in numeric, 0 if t in numeric else None) for t in titles), Column("head", False), *others]
+
+
+def settings_line(found: Sequence[Group]) -> str:
+    """What all compared runs have in common, and a word about commits where they are of several."""
+    commits = {str(run.summary["commit"])[:10] for group in found for run in group.runs if run.summary.get("commit")}
+    line = f"Settings of all: {shared(found)}." if shared(found) else ""
+    if len(commits) > 1:
+        line += f" Runs of several commits are compared here: {', '.join(sorted(commits))}."
+    return line.strip()
+
+
+def largest_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
+    """The largest batch of each head by find_batch, with ratios."""
+    found = [g for g in own_largest(runs, named) if any(run.largest for run in g.runs)]
+    if not found:
+        return None
+    unit = found[0].runs[0].batch_unit
+
+    def read(entry: Entry, base: Entry | None) -> list[Any]:
+        return [
+            entry.batch, against(entry.batch, base and base.batch), entry.mean("find_batch/peak_reserved_mib", MIB),
+            entry.mean("find_batch/tries"), entry.mean("find_batch/seconds"), entry.note,
+        ]  # fmt: skip
+
+    titles, lines, starts = rows(found, named, read)
+    columns = _columns(
+        titles, Column(f"largest batch, {unit}", decimals=0), Column("÷ naive", suffix="×"),
+        Column("peak reserved, GiB"), Column("tries"), Column("search, s"), Column("note", False),
+    )  # fmt: skip
+    table = Table("Largest batch whose whole training step fits, as find_batch found it", columns, lines, starts)
+    return Section("Largest batch", [settings_line(found), *_largest_picture(found, named, unit), table])
+
+
+def _largest_picture(found: Sequence[Group], named: Mapping[str, str], unit: str) -> list[Block]:
+    from reporting import figures
+
+    titles, told = differing(found)
+    bars: dict[str, dict[str, float]] = {}
+    notes: dict[str, dict[str, str]] = {}
+    for group, one in zip(found, told, strict=True):
+        sizes = {label: e.batch for label, e in entries(group, named).items() if e.batch}
+        base, name = sizes.get(baseline(sizes) or ""), title(one, titles) or "all runs"
+        if sizes:
+            bars[name] = sizes
+            notes[name] = {
+                label: f"{size:,.0f}" + (f"  ({ratio(size / base)})" if base and label != baseline(sizes) else "")
+                for label, size in sizes.items()
+            }
+    said = "; ".join(f"{name}: " + ", ".join(f"{la} {no}" for la, no in notes[name].items()) for name in notes)
+    caption = f"Largest batch of each head, in {unit}, on a logarithmic axis; in brackets the ratio to the naive head."
+    drawing = figures.bars(bars, notes, f"largest batch, {unit}")
+    return [Picture("largest_batch", caption, f"Bars of the largest batch by head. {said}.", drawing)]
+
+
+def throughput_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
+    """Samples and tokens per second and peak memory, at the same batch and at each head's own largest one."""
+    alike, own = same_batch(runs, named), [g for g in own_largest(runs, named) if any(r.number(RATE) for r in g.runs)]
+    section = Section("Throughput and memory")
+    for found, caption in ((alike, "At the same batch"), (own, "Each head at its own largest batch")):
+        if not found:
+            continue
+
+        def read(entry: Entry, base: Entry | None, same: bool = found is alike) -> list[Any]:
+            memory = "perf/peak_mem_allocated_mib"
+            less = against(base and base.mean(memory), entry.mean(memory)) if same else None
+            return [
+                entry.batch, entry.mean("perf/step_ms"), entry.mean(RATE),
+                against(entry.mean(RATE), base and base.mean(RATE)), entry.mean("perf/tokens_per_sec"),
+                entry.mean(memory, MIB), less, entry.mean("perf/peak_mem_reserved_mib", MIB),
+                entry.mean("perf/peak_rss_mib", MIB), len(entry.runs) if len(entry.runs) > 1 else None, entry.note,
+            ]  # fmt: skip
+
+        titles, lines, starts = rows(found, named, read)
+        kept = [place for place, name in enumerate(titles) if name != "batch"]  # it has a column of its own
+        lines = [[line[place] for place in kept] + line[len(titles) :] for line in lines]
+        columns = _columns(
+            [titles[place] for place in kept], Column("batch", decimals=0), Column("step, ms"), Column("samples/s"),
+            Column("÷ naive", suffix="×"), Column("real tokens/s", decimals=0), Column("allocated, GiB"),
+            Column("naive ÷ head", suffix="×"), Column("reserved, GiB"), Column("process, GiB"), Column("runs"),
+            Column("note", False),
+        )  # fmt: skip
+        section.blocks += [settings_line(found), Table(f"{caption}: throughput and peak memory", columns, lines, starts)]
+    if not section.blocks:
+        return None
+    section.blocks.append(
+        "Samples are queries with their documents; tokens are real ones, without padding. Warm-up and compilation are left"
+        " out. Allocated is what live tensors took at the peak, reserved what the allocator took from the device; "
+        "naive ÷ head says how many times less a head allocates than the naive one."
+    )
+    return section
+
+
+def parts_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
+    """Where the time of a step goes, as bars and as a table."""
+    section = Section("Parts of a step")
+    for found, name, what in (
+        (own_largest(runs, named), "step_largest", "each head at its own largest batch"),
+        (_longest_batches(runs, named), "step_same", "heads at the same batch"),
+    ):
+        timed = [group for group in found if any(entry.parts for entry in entries(group, named).values())]
+        if timed:
+            section.blocks += _parts_blocks(timed, named, name, what)
+    return section if section.blocks else None
+
+
+def _longest_batches(runs: Sequence[Run], named: Mapping[str, str]) -> list[Group]:
+    """Of groups that differ in the batch only, the one in which most heads were timed, at the largest batch."""
+    best: dict[object, Group] = {}
+    families = groups([run for run in runs if not run.searched], (*BATCH, *PACKED))
+    for group in same_batch(runs, named):
+        family = next(place for place, f in enumerate(families) if group.runs[0] in f.runs)
+
+        def weight(one: Group) -> tuple[int, float]:
+            timed = [entry for entry in entries(one, named).values() if entry.parts]
+            return len(timed), one.runs[0].batch or 0
+
+        if family not in best or weight(group) > weight(best[family]):
+            best[family] = group
+    return list(best.values())
+
+
+def _parts_blocks(found: Sequence[Group], named: Mapping[str, str], name: str, what: str) -> list[Block]:
+    from reporting import figures
+
+    def read(entry: Entry, base: Entry | None) -> list[Any]:
+        share = entry.mean("perf/head_share")
+        cells = [entry.parts.get(part) for part in PARTS]
+        return [entry.batch, entry.mean("perf/step_ms"), *cells, None if share is None else 100 * share]
+
+    titles, lines, starts = rows(found, named, read)
+    told = differing(found)[1]
+    kept = [place for place, known in enumerate(titles) if known != "batch"]
+    shown = [[line[place] for place in kept] + line[len(titles) :] for line in lines]
+    columns = _columns(
+        [titles[place] for place in kept], Column("batch", decimals=0), Column("step, ms"),
+        *(Column(f"{part}, ms") for part in PARTS), Column("head, % of step", decimals=0),
+    )  # fmt: skip
+    table = Table(f"Parts of a step, {what}; forward and backward together", columns, shown, starts)
+    bars = []
+    for group, one in zip(found, told, strict=True):
+        for label, entry in entries(group, named).items():
+            if entry.parts and entry.samples:
+                where = title(one, [t for t in titles if t != "batch"])
+                bar = f"{where}\n{label}, batch {plain(entry.batch)}" if where else f"{label}, batch {plain(entry.batch)}"
+                split = {part: value / entry.samples for part, value in entry.parts.items()}
+                bars.append((bar, split, f"head {split['head'] / sum(split.values()):.0%}"))
+    if not bars:
+        return [settings_line(found), table]
+    said = "; ".join(f"{bar.replace(chr(10), ', ')}: {sum(s.values()):.3g} ms, {note}" for bar, s, note in bars[:BARS])
+    caption = f"Milliseconds of a training step for one sample, {what}; beside each bar the head's share."
+    if len(bars) > BARS:
+        caption += f" The first {BARS} of {len(bars)}; all are in the table."
+    drawing = figures.parts(bars[:BARS], "ms of a step for one sample")
+    return [settings_line(found), Picture(name, caption, f"Stacked bars. {said}.", drawing), table]
+
+
+def warm_up_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
+    """First step, warm-up and what was compiled in them: all that the other figures leave out."""
+    found = [g for g in groups(runs, PACKED) if any(run.number("perf/warmup_s") for run in g.runs)]
+    if not found:
+        return None
+
+    def read(entry: Entry, base: Entry | None) -> list[Any]:
+        names = ("first_step_s", "warmup_s", "compiled_graphs", "compiled_graphs_timed")
+        return [entry.batch, *(entry.mean(f"perf/{name}") for name in names)]
+
+    found = with_rivals(found, named)
+    titles, lines, starts = rows(found, named, read)
+    kept = [place for place, known in enumerate(titles) if known != "batch"]
+    width = len(titles)
+    shown, begins = [], set()
+    for place, line in enumerate(lines):
+        begins |= {len(shown)} if place in starts else set()
+        if any(value is not None for value in line[width + 2 :]):
+            shown.append([line[i] for i in kept] + line[width:])
+    columns = _columns(
+        [titles[i] for i in kept], Column("batch", decimals=0), Column("first step, s"), Column("whole warm-up, s"),
+        Column("graphs compiled in it"), Column("graphs compiled after it", decimals=0),
+    )  # fmt: skip
+    table = Table("Warm-up and compilation, left out of every other figure", columns, shown, frozenset(begins))
+    return Section("Warm-up and compilation", [table])

@@ -2,90 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from reporting import provenance, quality, speed, sweeps
-from reporting.document import Report, plain, ratio
+from reporting.document import Report, Settings, listed, plain, ratio
 from reporting.runs import Run
-from reporting.settings import Group, baseline, differing, in_order, labels, title
-from reporting.speed import Entry, entries
+from reporting.settings import Group, baseline, in_order, labels, names, values, worth_saying
+from reporting.speed import RATE, Entry, entries
 
 
 def build(runs: Sequence[Run], problems: Sequence[str] = ()) -> Report:
     """Builds the report.
 
+    Speed and memory are told of runs on synthetic texts where there are such runs, else of all; quality of the others.
+
     Args:
         runs: finished or not.
         problems: a line for each run that could not be read.
     """
-    named = labels(runs)
+    timed = [run for run in runs if run.synthetic] or list(runs)
+    judged = [run for run in runs if not run.synthetic]
+    of_timed, of_judged = labels(timed), labels(judged)
     sections = [
-        speed.largest_section(runs, named),
-        speed.throughput_section(runs, named),
-        *sweeps.sections(runs, named),
-        speed.parts_section(runs, named),
-        speed.warm_up_section(runs, named),
-        quality.seeds_section(runs, named),
-        quality.sparsity_section(runs, named),
-        quality.loss_section(runs, named),
-        provenance.failures_section(runs, named, problems),
+        speed.largest_section(timed, of_timed),
+        speed.throughput_section(timed, of_timed),
+        *sweeps.sections(timed, of_timed),
+        speed.parts_section(timed, of_timed),
+        speed.warm_up_section(timed, of_timed),
+        quality.seeds_section(judged, of_judged),
+        quality.sparsity_section(judged, of_judged),
+        quality.loss_section(judged, of_judged),
+        provenance.failures_section(runs, problems),
         provenance.machine_section(runs),
-        provenance.all_runs_section(runs, named),
+        provenance.all_runs_section(runs),
     ]
-    heads, models = in_order(named.values()), dict.fromkeys(run.model for run in runs)
+    found = [section for section in sections if section]
+    everywhere = worth_saying(values(Group(tuple(runs), ())))
+    for section in found:
+        section.blocks = [_without(block, everywhere) if isinstance(block, Settings) else block for block in section.blocks]
+    heads, models = in_order(run.head for run in runs), dict.fromkeys(run.model for run in runs)
     about = f"{_words(heads)} on {_words(models)}: {_status(runs)}, {_devices(runs)}."
-    return Report("Sparton: heads compared", about, findings(runs, named), [section for section in sections if section])
+    settings = f"Settings of all runs: {listed(everywhere)}." if everywhere else ""
+    return Report("Sparton: heads compared", about, _findings(timed, of_timed, judged, of_judged), settings, found)
 
 
-def findings(runs: Sequence[Run], named: Mapping[str, str]) -> list[str]:
+def _without(block: Settings, everywhere: Mapping[str, object]) -> Settings:
+    """What is not said of all runs already."""
+    return Settings({name: value for name, value in block.common.items() if name not in everywhere}, block.each)
+
+
+def _findings(
+    timed: Sequence[Run], of_timed: Mapping[str, str], judged: Sequence[Run], of_judged: Mapping[str, str]
+) -> list[str]:
     """Sentences with ratios to the naive head, each computed from runs that differ in nothing else."""
-    lines = _best(
-        speed.own_largest(runs, named), named, lambda e: e.batch,
-        "{head} trains {ratio} larger batches than {base} ({value} against {other} {unit})",
-    ) + _best(
-        speed.own_largest(runs, named), named, lambda e: e.mean(speed.RATE),
-        "each at its own largest batch, {head} trains {ratio} the samples/s of {base} ({value} against {other})",
-    )  # fmt: skip
-    same = speed.same_batch(runs, named)
+    own = speed.own_largest(timed, of_timed)
+    lines = _best(own, of_timed, lambda e: e.batch, "{head} fits {ratio} the batch of {base}{rival}", " {unit}")
     lines += _best(
-        speed._longest_batches(runs, named), named, lambda e: e.mean(speed.RATE),
-        "at batch {batch}, {head} trains {ratio} the samples/s of {base} ({value} against {other})",
-    ) if same else []  # fmt: skip
-    for where, label, verdict, seeds in quality.verdicts(runs, named):
-        lines.append(
-            f"{where}: mean nDCG@10 of {label} over {seeds} seeds is {verdict['verdict']}"
-            f" ({verdict['difference']:+.4f}, allowed {verdict['allowed']:.4f}).".replace("(-", "(−")
-        )
+        own, of_timed, lambda e: e.mean(RATE),
+        "each at its own largest batch, {head} has {ratio} the throughput of {base}{rival}", " samples/s",
+    )  # fmt: skip
+    lines += _best(
+        speed.longest_batches(timed, of_timed), of_timed, lambda e: e.mean(RATE),
+        "at a batch of {batch}, {head} has {ratio} the throughput of {base}{rival}", " samples/s",
+    )  # fmt: skip
+    for where, label, verdict, seeds in quality.verdicts(judged, of_judged):
+        line = f"mean nDCG@10 of {label} over {seeds} seeds is {verdict['verdict']}"
+        lines.append(f"{where}: {line} ({verdict['difference']:+.4f}, allowed {verdict['allowed']:.4f}).".replace("(-", "(−"))
     return lines
 
 
-def _best(found: Sequence[Group], named: Mapping[str, str], read, sentence: str) -> list[str]:
+def _best(
+    found: Sequence[Group], named: Mapping[str, str], read: Callable[[Entry], float | None], sentence: str, unit: str
+) -> list[str]:
     """A sentence for each group in which the head with the largest value can be set against the naive one."""
-    titles, told = differing(found) if found else ([], [])
-    titles = [name for name in titles if name != "batch"]
     lines = []
-    for group, one in zip(found, told, strict=True):
-        values = {label: (value, entry) for label, entry in entries(group, named).items() if (value := read(entry))}
-        base = baseline(values)
-        if base is None or len(values) < 2:
+    for group, where in zip(found, names(found) if found else [], strict=True):
+        known = {label: (value, entry) for label, entry in entries(group, named).items() if (value := read(entry))}
+        base = baseline(known)
+        others = [label for label in known if label != base]
+        if base is None or not others:
             continue
-        head = max(values, key=lambda label: values[label][0])
-        if head == base:
-            head = max((label for label in values if label != base), key=lambda label: values[label][0])
-        (value, entry), (other, _) = values[head], values[base]
-        where = title(one, titles)
+        head = max(others, key=lambda label: known[label][0])
+        rival = next((label for label in others if label.split(" ")[0] == "compiled" and label != head), None)
+        shown = [known[label][0] for label in (head, base, rival) if label]
+        told = f" and {ratio(known[head][0] / known[rival][0])} that of {rival}" if rival else ""
         line = sentence.format(
-            head=head, base=base, ratio=ratio(value / other), value=plain(value), other=plain(other),
-            unit=group.runs[0].batch_unit, batch=_batch(entry),
-        )  # fmt: skip
-        lines.append((f"{where}: " if where else "") + f"{line}{_rival(values, head, base)}.")
+            head=head, base=base, ratio=ratio(known[head][0] / known[base][0]), rival=told, batch=_batch(known[head][1])
+        )
+        figures = f"{_words(map(plain, shown))}{unit.format(unit=group.runs[0].batch_unit)}"
+        lines.append((f"{where}: " if where else "") + f"{line}: {figures}.")
     return lines
-
-
-def _rival(values: Mapping[str, tuple[float, Entry]], head: str, base: str) -> str:
-    """What the head is to the compiled one, where that ran too."""
-    rival = next((label for label in values if label.split(" ")[0] == "compiled" and label not in (head, base)), None)
-    return f"; {ratio(values[head][0] / values[rival][0])} that of {rival}" if rival else ""
 
 
 def _batch(entry: Entry) -> str:
@@ -93,18 +99,15 @@ def _batch(entry: Entry) -> str:
 
 
 def _status(runs: Sequence[Run]) -> str:
-    done = sum(run.finished for run in runs)
-    counted = f"{len(runs)} run" + ("s" if len(runs) > 1 else "")
-    if done == len(runs):
-        return f"{counted}, all finished"
-    return f"{counted}, {done} finished"
+    done, counted = sum(run.finished for run in runs), f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    return f"{counted}, all finished" if done == len(runs) else f"{counted}, {done} finished"
 
 
 def _devices(runs: Sequence[Run]) -> str:
-    names = dict.fromkeys(str(run.summary["device"]) for run in runs if run.summary.get("device"))
-    return f"on {_words(names)}" if names else "on a device that no summary names"
+    known = dict.fromkeys(str(run.summary["device"]) for run in runs if run.summary.get("device"))
+    return f"on {_words(known)}" if known else "on a device that no summary names"
 
 
-def _words(names) -> str:
-    *most, last = map(str, names)
+def _words(parts: Iterable[object]) -> str:
+    *most, last = map(str, parts)
     return f"{', '.join(most)} and {last}" if most else last

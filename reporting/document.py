@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from reporting.settings import text
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
@@ -68,13 +66,26 @@ class Points:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """Under which settings the figures beside it were measured: of all, and of each group by its name."""
+
+    common: dict[str, Any]
+    each: list[tuple[str, dict[str, Any]]]
+
+    def lines(self) -> list[str]:
+        """A sentence for what all have in common, then one for each group."""
+        common = f"Settings: {listed(self.common)}." if self.common else ""
+        return [line for line in (common, *(f"{name}: {listed(one)}." for name, one in self.each if one)) if line]
+
+
+@dataclass(frozen=True)
 class Commands:
     """Lines for a shell."""
 
     lines: list[str]
 
 
-Block = str | Table | Picture | Points | Commands
+Block = str | Table | Picture | Points | Settings | Commands
 
 
 @dataclass
@@ -92,6 +103,7 @@ class Report:
     title: str
     about: str
     findings: list[str]
+    settings: str
     sections: list[Section]
 
 
@@ -118,6 +130,20 @@ def _cell(value: Any, how: Column, decimals: int) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def text(value: Any) -> str:
+    """A setting for a reader: numbers with separators of thousands, truth as yes and no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def listed(values: dict[str, Any]) -> str:
+    """Settings in a line: ``precision bf16-mixed; longest document 512``."""
+    return "; ".join(f"{name} {text(value)}" for name, value in values.items())
 
 
 def ratio(value: float) -> str:

@@ -37,18 +37,17 @@ def lines(panels: Sequence[Panel]) -> Figure:
         axis.set_title(panel.title)
         for label in in_order((*panel.lines, *panel.failed)):
             points = sorted(panel.lines.get(label, []))
-            axis.plot([x for x, _ in points], [y for _, y in points], **line(label, every), clip_on=False)
-            crosses = panel.failed.get(label, [])
-            edge = axis.get_xaxis_transform()
-            # Crosses of several heads at one place stand below each other.
-            height = 1.0 - 0.055 * in_order(panel.failed).index(label) if crosses else 1.0
-            axis.plot(
-                crosses, [height] * len(crosses), "X", color=look(label, every).colour, transform=edge,
-                markersize=8, markeredgecolor="white", clip_on=False,
-            )  # fmt: skip
+            axis.plot([x for x, _ in points], [y for _, y in points], **line(label, every))
+            if crosses := panel.failed.get(label):
+                # Crosses of several heads at one place stand below each other.
+                height = 0.97 - 0.065 * in_order(panel.failed).index(label)
+                axis.plot(
+                    crosses, [height] * len(crosses), "X", color=look(label, every).colour, markersize=8,
+                    transform=axis.get_xaxis_transform(), markeredgecolor="white",
+                )  # fmt: skip
         xs = {x for points in panel.lines.values() for x, _ in points} | {x for f in panel.failed.values() for x in f}
         _ticks(axis, sorted(xs))
-        axis.margins(y=0.12 if not panel.failed else 0.25)
+        axis.margins(x=0.06, y=0.12 if not panel.failed else 0.3)
     legend(figure, axes)
     return figure
 
@@ -67,7 +66,7 @@ def _ticks(axis: Any, xs: Sequence[float]) -> None:
 
 
 def _short(value: float) -> str:
-    return f"{value / 1000:,.4g}k" if value >= 10_000 else f"{value:,.4g}"
+    return f"{value / 1000:,.3g}k" if value >= 10_000 else f"{value:,.4g}"
 
 
 def bars(rows: Mapping[str, Mapping[str, float]], notes: Mapping[str, Mapping[str, str]], across: str) -> Figure:
@@ -179,8 +178,9 @@ def scatter(panels: Sequence[Scatter]) -> Figure:
             style = line(label, every) | ({} if joined else {"linestyle": ""})
             axis.plot([x for x, _, _ in points], [y for _, y, _ in points], **style)
             for x, y, word in points:
-                below = (0, -14) if turn % 2 else (0, 8)
-                axis.annotate(word, (x, y), below, textcoords="offset points", fontsize=8.5, color="#333333", ha="center")
+                beside = (5, -13) if turn % 2 else (-5, 7)
+                side = "left" if turn % 2 else "right"
+                axis.annotate(word, (x, y), beside, textcoords="offset points", fontsize=8.5, color="#333333", ha=side)
         if panel.reference is not None:
             axis.axhline(panel.reference, color="black", linewidth=1.2, linestyle=(0, (6, 3)), label="BM25")
         xs = [x for points in panel.points.values() for x, _, _ in points]

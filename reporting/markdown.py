@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reporting.document import Block, Commands, Picture, Points, Report, Table
+from reporting.document import Block, Commands, Picture, Points, Report, Settings, Table
 
 FIGURES = "figures"
 
@@ -10,6 +10,8 @@ FIGURES = "figures"
 def markdown(report: Report) -> str:
     """The whole report as GitHub's Markdown; pictures are ``figures/NAME.png``."""
     parts = [f"# {report.title}", _escaped(report.about)]
+    if report.settings:
+        parts.append(_escaped(report.settings))
     if report.findings:
         parts.append(_list(report.findings))
     for section in report.sections:
@@ -23,6 +25,8 @@ def _block(block: Block) -> str:
         return _table(block)
     if isinstance(block, Picture):
         return f"![{_escaped(block.alt)}]({FIGURES}/{block.name}.png)\n\n{_escaped(block.caption)}"
+    if isinstance(block, Settings):
+        return "\n\n".join(map(_escaped, block.lines()))
     if isinstance(block, Points):
         return _list(block.lines)
     if isinstance(block, Commands):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -21,13 +21,13 @@ MACHINE = {
 }  # fmt: skip
 
 
-def failures_section(runs: Sequence[Run], named: Mapping[str, str], problems: Sequence[str]) -> Section | None:
+def failures_section(runs: Sequence[Run], problems: Sequence[str]) -> Section | None:
     """Every run that did not finish, in plain words, with its error; and folders that could not be read."""
     lost = [run for run in runs if not run.finished]
     section = Section("What failed, and why")
     if lost:
         lines = [
-            [run.name, named[run.name], run.model, None if run.searched else run.batch, _why(run), _error(run), _said(run)]
+            [run.name, run.head, run.model, None if run.searched else run.batch, _why(run), _error(run), _said(run)]
             for run in lost
         ]
         columns = [
@@ -106,13 +106,13 @@ def commands(runs: Iterable[Run]) -> list[str]:
     return [hide_paths(line) for line in dict.fromkeys(lines)]
 
 
-def all_runs_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section:
+def all_runs_section(runs: Sequence[Run]) -> Section:
     """One row for each run with its most important settings and figures."""
     lines = []
     for run in runs:
         memory = run.number("perf/peak_mem_allocated_mib") or run.number("perf/peak_rss_mib")
         lines.append([
-            run.name, run.status, run.model, named[run.name], run.dataset, run.settings.get("model.config.vocab_size"),
+            run.name, run.status, run.model, run.head, run.summary.get("packed"), run.dataset, run.settings.get("model.config.vocab_size"),
             run.settings.get("model.max_doc_length"), precision(run),
             run.settings.get("model.gradient_checkpointing"), run.largest or (None if run.searched else run.batch),
             run.settings.get("seed"), run.settings.get("flops_weight"), run.number("perf/step_ms"),
@@ -121,7 +121,7 @@ def all_runs_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section:
         ])  # fmt: skip
     columns = [
         Column("run", False), Column("status", False), Column("model", False), Column("head", False),
-        Column("data", False), Column("vocabulary", decimals=0), Column("longest document", decimals=0),
+        Column("backbone", False), Column("data", False), Column("vocabulary", decimals=0), Column("longest document", decimals=0),
         Column("precision", False), Column("checkpointing", False), Column("batch", decimals=0),
         Column("seed", decimals=0), Column("FLOPS weight", False), Column("step, ms"), Column("samples/s"),
         Column("peak, GiB"), Column("nDCG@10", decimals=3), Column("dims doc"),

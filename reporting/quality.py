@@ -8,11 +8,11 @@ from statistics import fmean
 from typing import Any
 
 from reporting import figures
-from reporting.document import Block, Column, Picture, Section, Table
+from reporting.document import Block, Column, Picture, Section, Table, text
 from reporting.figures import Curves, Scatter
 from reporting.runs import Run
 from reporting.seeds import compare, deviation
-from reporting.settings import PACKED, SPARSITY, Group, baseline, differing, groups, in_order, shared, text, title
+from reporting.settings import PACKED, SPARSITY, Group, baseline, columns, differing, groups, in_order, names, stated
 from reporting.speed import with_rivals
 
 NDCG = "test/ndcg@10"
@@ -28,34 +28,32 @@ def loss_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | Non
     rivals = len({named[run.name] for run in found[0].runs}) > 1
     if not rivals:  # one head only: what it differs in is laid over each other instead
         return _weights(known)
-    titles, told = differing(found)
     studies = []
-    for group, one in zip(found, told, strict=True):
+    for group, where in zip(found, names(found), strict=True):
         seeds: dict[str, list[Mapping[int, float]]] = {}
         for run in group.runs:
             seeds.setdefault(named[run.name], []).append(run.losses)
-        studies.append(Curves(title(one, titles), seeds))
+        studies.append(Curves(where, seeds))
     most = max(len(seeds) for study in studies for seeds in study.seeds.values())
     seeds = f" Thin lines are the {most} seeds, the thick one is their mean." if most > 1 else ""
-    caption = f"Training loss of each head.{seeds} Settings of all: {shared(found)}."
+    caption = f"Training loss of each head.{seeds}"
     said = "; ".join(
         f"{study.title or 'the runs'}: " + ", ".join(f"{label} {_ends(s)}" for label, s in study.seeds.items())
         for study in studies
     )
     alt = f"Training loss against step. {said}."
-    return Section("Loss curves", [Picture("losses", caption, alt, figures.curves(studies))])
+    return Section("Loss curves", [stated(found), Picture("losses", caption, alt, figures.curves(studies))])
 
 
 def _weights(runs: Sequence[Run]) -> Section:
     """Curves of one head with several weights of the FLOPS regulariser, or other settings."""
     found = groups(runs, PACKED)
-    titles, told = differing(found)
-    seeds = {title(one, titles) or "all": [run.losses for run in g.runs] for g, one in zip(found, told, strict=True)}
+    seeds = {where or "all": [run.losses for run in g.runs] for g, where in zip(found, names(found), strict=True)}
     seeds = dict(list(seeds.items())[:7])  # more can't be told apart in one panel
     left = f" The first {len(seeds)} of {len(found)}." if len(seeds) < len(found) else ""
-    caption = f"Training loss.{left} Settings of all: {shared(found)}."
+    caption = f"Training loss.{left}"
     alt = "Training loss against step. " + "; ".join(f"{name}: {_ends(s)}" for name, s in seeds.items()) + "."
-    return Section("Loss curves", [Picture("losses", caption, alt, figures.curves([Curves("", seeds)]))])
+    return Section("Loss curves", [stated(found), Picture("losses", caption, alt, figures.curves([Curves("", seeds)]))])
 
 
 def _ends(seeds: Sequence[Mapping[int, float]]) -> str:
@@ -67,9 +65,9 @@ def sparsity_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section |
     """nDCG@10 against active dimensions and against FLOPS."""
     known = [run for run in runs if run.finished and run.number(NDCG) is not None]
     found = groups([run for run in known if all(run.number(name) for name in SPARSE)], (*SPARSITY, *PACKED))
-    titles, told = differing(found) if found else ([], [])
+    found = [g for g in found if len({run.settings.get("flops_weight") for run in g.runs}) > 1] or found
     panels, said = [], []
-    for group, one in zip(found, told, strict=True):
+    for group, where in zip(found, names(found) if found else [], strict=True):
         bm25 = next((b for run in group.runs if (b := run.number("bm25/test/ndcg@10")) is not None), None)
         varied = len({run.settings.get("flops_weight") for run in group.runs}) > 1
         for name, across in SPARSE.items():
@@ -77,7 +75,7 @@ def sparsity_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section |
             for run in group.runs:
                 word = text(run.settings.get("flops_weight")) if varied else ""
                 points.setdefault(named[run.name], []).append((run.number(name), run.number(NDCG), word))
-            panels.append(Scatter(title(one, titles), points, across, bm25))
+            panels.append(Scatter(where, points, across, bm25))
             for label in in_order(points):
                 ends = [f"{y:.3f} at {x:.3g}" for x, y, _ in (min(points[label]), max(points[label]))]
                 said.append(f"{panels[-1].title} {label}, {across}: {' to '.join(dict.fromkeys(ends))}".strip())
@@ -86,9 +84,9 @@ def sparsity_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section |
     words = " The number beside a point is the weight of the FLOPS regulariser." if any(
         word for panel in panels for points in panel.points.values() for *_, word in points
     ) else ""  # fmt: skip
-    caption = f"Quality against sparsity, test split.{words} Settings of all: {shared(found)}."
+    caption = f"Quality against sparsity, test split.{words}"
     picture = Picture("sparsity", caption, f"nDCG@10 against sparsity. {'; '.join(said)}.", figures.scatter(panels))
-    return Section("Quality against sparsity", [picture])
+    return Section("Quality against sparsity", [stated(found), picture])
 
 
 def seeds_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
@@ -96,40 +94,41 @@ def seeds_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | No
     found = groups([run for run in runs if run.finished and run.number(NDCG) is not None], PACKED)
     if not found:
         return None
-    titles, told = differing(found)
-    lines, starts, spread = [], set(), []
+    # A sweep of single runs is in the figure of quality against sparsity.
+    found = [group for group in found if len({run.seed for run in group.runs}) > 1] or found
+    titles, told = columns(found), differing(found)[1]
+    lines, starts = [], set()
     for group, one in zip(found, told, strict=True):
         starts.add(len(lines))
         values = _values(group, named, NDCG)
-        spread.append(values)
         for label, seeds in values.items():
-            figures_ = list(seeds.values())
-            verdict = _verdict(values, label)
+            known, verdict = list(seeds.values()), _verdict(values, label)
             own = [run for run in group.runs if named[run.name] == label]
             lines.append([
-                *(one.get(t) for t in titles), label, len(figures_), fmean(figures_), deviation(figures_),
+                *(one.get(t) for t in titles), label, len(known), fmean(known), deviation(known),
                 verdict.get("difference"), verdict.get("allowed"), verdict.get("verdict"),
                 *(_mean(own, name) for name in ("test/mrr@10", "test/recall@100", "untrained/test/ndcg@10",
                                                 "bm25/test/ndcg@10", "test/active_dims_query", "test/active_dims_doc")),
             ])  # fmt: skip
-    columns = [
+    heads = [
         *(Column(t, False) for t in titles), Column("head", False), Column("seeds"), Column("nDCG@10", decimals=3),
         Column("sd", decimals=4), Column("− naive", decimals=4, signed=True), Column("allowed", decimals=4),
         Column("verdict", False), Column("MRR@10", decimals=3), Column("recall@100", decimals=3),
         Column("untrained", decimals=3), Column("BM25", decimals=3), Column("dims query"), Column("dims doc"),
     ]  # fmt: skip
-    table = Table("Quality on the test split, mean over seeds", columns, lines, frozenset(starts))
+    table = Table("Quality on the test split, mean over seeds", heads, lines, frozenset(starts))
     note = (
         "Equal within the spread of the seeds: the means differ by at most two pooled standard deviations over the same"
         " seeds (the column allowed). Untrained and BM25 are nDCG@10 of the model before training and of BM25."
     )
-    blocks: list[Block] = [f"Settings of all: {shared(found)}.", table, note]
-    for group, one in zip(found, told, strict=True):
-        blocks += _languages(group, title(one, titles), named)
+    blocks: list[Block] = [stated(found, beside=titles), table, note]
+    for group, where in zip(found, names(found), strict=True):
+        drawn = sum(isinstance(block, Picture) for block in blocks)
+        blocks += _languages(group, where, named, f"languages_{drawn + 1}" if drawn else "languages")
     return Section("Quality of the heads", blocks)
 
 
-def _languages(group: Group, where: str, named: Mapping[str, str]) -> list[Block]:
+def _languages(group: Group, where: str, named: Mapping[str, str], name: str) -> list[Block]:
     keys = sorted({key for run in group.runs for key in run.summary if key.startswith(f"{NDCG}/")})
     if not keys:
         return []
@@ -144,16 +143,15 @@ def _languages(group: Group, where: str, named: Mapping[str, str]) -> list[Block
                 language, label, len(seeds), fmean(seeds.values()), deviation([*seeds.values()]),
                 verdict.get("difference"), verdict.get("allowed"), verdict.get("verdict"),
             ])  # fmt: skip
-    columns = [
+    heads = [
         Column("language", False), Column("head", False), Column("seeds"), Column("nDCG@10", decimals=3),
         Column("sd", decimals=4), Column("− naive", decimals=4, signed=True), Column("allowed", decimals=4),
         Column("verdict", False),
     ]  # fmt: skip
-    name = "languages" + ("_" + "".join(c if c.isalnum() else "_" for c in where) if where else "")
     said = "; ".join(f"{la}: " + ", ".join(f"{h} {m:.3f}" for h, (m, _) in row.items()) for la, row in drawn)
     caption = f"nDCG@10 by language{', ' + where if where else ''}: mean and standard deviation over seeds."
     picture = Picture(name, caption, f"nDCG@10 by language. {said}.", figures.languages(drawn))
-    return [picture, Table(f"nDCG@10 by language{', ' + where if where else ''}", columns, lines, frozenset(starts))]
+    return [picture, Table(f"nDCG@10 by language{', ' + where if where else ''}", heads, lines, frozenset(starts))]
 
 
 def _values(group: Group, named: Mapping[str, str], key: str) -> dict[str, dict[Any, float]]:
@@ -180,15 +178,14 @@ def _verdict(values: Mapping[str, Mapping[Any, float]], label: str) -> dict[str,
 
 def verdicts(runs: Sequence[Run], named: Mapping[str, str]) -> list[tuple[str, str, dict[str, Any], int]]:
     """For the top of the page: study, label, comparison with the naive head and number of seeds."""
-    found = groups([run for run in runs if run.finished and run.number(NDCG) is not None], PACKED)
-    titles, told = differing(found) if found else ([], [])
+    found = [g for g in groups([run for run in runs if run.finished], PACKED) if len({run.seed for run in g.runs}) > 1]
     told_all = []
-    for group, one in zip(found, told, strict=True):
+    for group, name in zip(found, names(found) if found else [], strict=True):
         values = _values(group, named, NDCG)
         for label in values:
             verdict = _verdict(values, label)
             if verdict.get("allowed") is not None:
-                where = title(one, titles) or f"{group.runs[0].dataset}, {group.runs[0].model}"
+                where = name or f"{group.runs[0].dataset}, {group.runs[0].model}"
                 told_all.append((where, label, verdict, len(values[label])))
     return told_all
 

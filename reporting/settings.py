@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reporting.document import Settings, text
 from reporting.runs import Run
 
 BASELINE = "naive"
@@ -36,7 +37,14 @@ def groups(runs: Iterable[Run], free: Sequence[str]) -> list[Group]:
         fixed = sorted((name, repr(v)) for name, v in run.identity.items() if not name.startswith(tuple(free)))
         machine = (str(run.summary.get("device")), run.number("find_batch/limit_gib"), run.batch_unit)
         found.setdefault((machine, tuple(fixed)), []).append(run)
-    return [Group(tuple(members), tuple(free)) for members in found.values()]
+    return sorted((Group(tuple(members), tuple(free)) for members in found.values()), key=_rank)
+
+
+def _rank(group: Group) -> list[tuple[bool, float, str]]:
+    """Places groups by model, then by the other settings, numbers by their size."""
+    told = values(group) | {"batch": group.runs[0].batch}
+    known = [told.get(name) for name in SETTINGS]
+    return [(isinstance(v, str), v if isinstance(v, (int, float)) else 0.0, str(v)) for v in known]
 
 
 def labels(runs: Sequence[Run]) -> dict[str, str]:
@@ -76,7 +84,7 @@ def precision(run: Run) -> str | None:
     said = run.summary.get("precision") or run.settings.get("trainer.precision")
     if said == "auto":
         on_cpu = str(run.summary.get("device")).startswith("cpu") or run.settings.get("trainer.accelerator") == "cpu"
-        return "32-true" if on_cpu else "auto (bf16-mixed where the card has it)"
+        return "32-true" if on_cpu else "auto (bf16 where the card has it)"
     return None if said is None else str(said)
 
 
@@ -93,9 +101,14 @@ def _optimizer(run: Run) -> str | None:
 
 
 def _batch(run: Run) -> str | None:
-    if run.searched or run.batch is None:
-        return "largest" if run.searched else None
-    return f"{run.batch:,.0f} {run.batch_unit}"
+    return None if run.searched or run.batch is None else f"{run.batch:,.0f} {run.batch_unit}"
+
+
+def _limit(run: Run) -> str | None:
+    limit = run.number("find_batch/limit_gib")
+    if limit is None:
+        return None if run.searched else ""  # not all runs have this one
+    return f"{limit:.4g} GiB"
 
 
 def _loss(run: Run) -> str | None:
@@ -125,7 +138,7 @@ SETTINGS: dict[str, Callable[[Run], Any]] = {
     "attention dropout": _setting("model.attention_dropout"),
     "steps": _setting("trainer.max_steps"),
     "batch": _batch,
-    "memory limit, GiB": lambda run: run.number("find_batch/limit_gib"),
+    "memory limit": _limit,
     "device": lambda run: run.summary.get("device"),
 }
 
@@ -135,7 +148,7 @@ def values(group: Group) -> dict[str, Any]:
     found = {}
     for title, read in SETTINGS.items():
         told = {repr(value): value for value in map(read, group.runs) if value is not None}
-        if len(told) == 1:
+        if len(told) == 1 and told.keys() != {"''"}:
             found[title] = next(iter(told.values()))
     return found
 
@@ -164,26 +177,50 @@ def differing(of: Sequence[Group]) -> tuple[list[str], list[dict[str, Any]]]:
     return titles, told
 
 
-def shared(of: Sequence[Group]) -> str:
-    """One sentence part with the settings that all groups have in common: ``precision bf16-mixed; ...``."""
-    told = [values(group) for group in of]
-    same = {t: v for t, v in (told[0] if told else {}).items() if all(repr(o.get(t)) == repr(v) for o in told)}
-    hidden = {"accumulation": 1, "negatives": 0}  # what is not used needs no word
-    return "; ".join(f"{t} {text(v)}" for t, v in same.items() if hidden.get(t) != v)
+def telling(of: Sequence[Group]) -> list[str]:
+    """As few of the differing settings as tell the groups apart: the names of the groups are made of these."""
+    titles, told = differing(of)
+    kept: list[str] = []
+    for title_ in titles:
+        apart = {tuple(repr(one.get(t)) for t in kept) for one in told}
+        further = {tuple(repr(one.get(t)) for t in (*kept, title_)) for one in told}
+        kept += [title_] if len(further) > len(apart) else []
+    return kept
+
+
+def names(of: Sequence[Group]) -> list[str]:
+    """A name for each group: the values of the settings that tell them apart; empty where there is one group."""
+    titles, told = telling(of), differing(of)[1]
+    return [title(one, titles) for one in told]
+
+
+def worth_saying(told: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that say that something is not used."""
+    unused = {"accumulation": 1, "negatives": 0, "dropout": 0.0}
+    return {name: value for name, value in told.items() if unused.get(name) != value}
+
+
+def columns(of: Sequence[Group]) -> list[str]:
+    """The differing settings that a table has as columns: those that tell groups apart, and what readers look for."""
+    return [name for name in differing(of)[0] if name in (*telling(of), "vocabulary", "longest document")]
+
+
+def stated(of: Sequence[Group], *, beside: Sequence[str] | None = None) -> Settings:
+    """The settings beside a figure of these groups: of all, then of each what neither its name nor a column says.
+
+    Args:
+        of: at least one group.
+        beside: settings that are columns of a table; the ones that make the groups' names where there is none.
+    """
+    known = telling(of) if beside is None else beside
+    titles, told = differing(of)
+    common = {name: value for name, value in worth_saying(told[0]).items() if name not in titles}
+    rest = [name for name in titles if name not in known]
+    lines = [{name: one[name] for name in rest if one.get(name) is not None} for one in told]
+    return Settings(common, list(zip(names(of), lines, strict=True)))
 
 
 def title(one: dict[str, Any], titles: Sequence[str]) -> str:
     """The name of a group among others: the values of what differs."""
-    bare = {"model", "data", "device", "precision"}
-    return ", ".join(
-        text(one[t]) if t in bare else f"{t} {text(one[t])}" for t in titles if one.get(t) is not None
-    )  # fmt: skip
-
-
-def text(value: Any) -> str:
-    """A setting for a reader: numbers with separators of thousands, truth as yes and no."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    bare = {"model", "data", "device", "precision", "batch", "optimizer"}
+    return ", ".join(text(one[t]) if t in bare else f"{t} {text(one[t])}" for t in titles if one.get(t) is not None)

@@ -9,7 +9,7 @@ from typing import Any
 
 from reporting.document import Block, Column, Picture, Section, Table, plain, ratio
 from reporting.runs import Run
-from reporting.settings import BATCH, FOUND, PACKED, Group, baseline, differing, groups, in_order, shared, title
+from reporting.settings import BATCH, FOUND, PACKED, Group, baseline, columns, differing, groups, in_order, names, stated
 
 MIB = 1024
 PARTS = ("backbone", "head", "loss", "optimizer", "other")
@@ -86,11 +86,11 @@ def own_largest(runs: Sequence[Run], named: Mapping[str, str]) -> list[Group]:
 
 
 def rows(found: Sequence[Group], named: Mapping[str, str], read: Any) -> tuple[list[str], list[list[Any]], frozenset[int]]:
-    """Titles of the settings that differ, a row for each entry, and where groups begin.
+    """Titles of the settings that are columns, a row for each entry, and where groups begin.
 
     ``read`` gives the cells after the head's label from an entry and the naive head's (None without one).
     """
-    titles, told = differing(found)
+    titles, told = [name for name in columns(found) if name != "batch"], differing(found)[1]
     lines, starts = [], set()
     for group, one in zip(found, told, strict=True):
         members = entries(group, named)
@@ -101,17 +101,8 @@ def rows(found: Sequence[Group], named: Mapping[str, str], read: Any) -> tuple[l
 
 
 def _columns(titles: Sequence[str], *others: Column) -> list[Column]:
-    numeric = {"vocabulary", "longest document", "longest query", "negatives", "steps", "memory limit, GiB"}
+    numeric = {"vocabulary", "longest document", "longest query", "negatives", "steps"}
     return [*(Column(t, t in numeric, 0 if t in numeric else None) for t in titles), Column("head", False), *others]
-
-
-def settings_line(found: Sequence[Group]) -> str:
-    """What all compared runs have in common, and a word about commits where they are of several."""
-    commits = {str(run.summary["commit"])[:10] for group in found for run in group.runs if run.summary.get("commit")}
-    line = f"Settings of all: {shared(found)}." if shared(found) else ""
-    if len(commits) > 1:
-        line += f" Runs of several commits are compared here: {', '.join(sorted(commits))}."
-    return line.strip()
 
 
 def largest_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
@@ -123,28 +114,27 @@ def largest_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | 
 
     def read(entry: Entry, base: Entry | None) -> list[Any]:
         return [
-            entry.batch, against(entry.batch, base and base.batch), entry.mean("find_batch/peak_reserved_mib", MIB),
-            entry.mean("find_batch/tries"), entry.mean("find_batch/seconds"), entry.note,
+            entry.note or entry.batch, against(entry.batch, base and base.batch), entry.mean("find_batch/peak_reserved_mib", MIB),
+            entry.mean("find_batch/tries"), entry.mean("find_batch/seconds"),
         ]  # fmt: skip
 
     titles, lines, starts = rows(found, named, read)
-    columns = _columns(
+    heads = _columns(
         titles, Column(f"largest batch, {unit}", decimals=0), Column("÷ naive", suffix="×"),
-        Column("peak reserved, GiB"), Column("tries"), Column("search, s"), Column("note", False),
+        Column("peak reserved, GiB"), Column("tries"), Column("search, s"),
     )  # fmt: skip
-    table = Table("Largest batch whose whole training step fits, as find_batch found it", columns, lines, starts)
-    return Section("Largest batch", [settings_line(found), *_largest_picture(found, named, unit), table])
+    table = Table("Largest batch whose whole training step fits, as find_batch found it", heads, lines, starts)
+    return Section("Largest batch", [stated(found, beside=(*columns(found), "batch")), *_largest_picture(found, named, unit), table])
 
 
 def _largest_picture(found: Sequence[Group], named: Mapping[str, str], unit: str) -> list[Block]:
     from reporting import figures
 
-    titles, told = differing(found)
     bars: dict[str, dict[str, float]] = {}
     notes: dict[str, dict[str, str]] = {}
-    for group, one in zip(found, told, strict=True):
+    for group, name in zip(found, names(found), strict=True):
         sizes = {label: e.batch for label, e in entries(group, named).items() if e.batch}
-        base, name = sizes.get(baseline(sizes) or ""), title(one, titles) or "all runs"
+        base, name = sizes.get(baseline(sizes) or ""), name or found[0].runs[0].model
         if sizes:
             bars[name] = sizes
             notes[name] = {
@@ -169,28 +159,25 @@ def throughput_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section
             memory = "perf/peak_mem_allocated_mib"
             less = against(base and base.mean(memory), entry.mean(memory)) if same else None
             return [
-                entry.batch, entry.mean("perf/step_ms"), entry.mean(RATE),
+                entry.batch, entry.note or entry.mean("perf/step_ms"), entry.mean(RATE),
                 against(entry.mean(RATE), base and base.mean(RATE)), entry.mean("perf/tokens_per_sec"),
                 entry.mean(memory, MIB), less, entry.mean("perf/peak_mem_reserved_mib", MIB),
-                entry.mean("perf/peak_rss_mib", MIB), len(entry.runs) if len(entry.runs) > 1 else None, entry.note,
+                entry.mean("perf/peak_rss_mib", MIB), len(entry.runs) if len(entry.runs) > 1 else None,
             ]  # fmt: skip
 
         titles, lines, starts = rows(found, named, read)
-        kept = [place for place, name in enumerate(titles) if name != "batch"]  # it has a column of its own
-        lines = [[line[place] for place in kept] + line[len(titles) :] for line in lines]
-        columns = _columns(
-            [titles[place] for place in kept], Column("batch", decimals=0), Column("step, ms"), Column("samples/s"),
+        heads = _columns(
+            titles, Column("batch", decimals=0), Column("step, ms"), Column("samples/s"),
             Column("÷ naive", suffix="×"), Column("real tokens/s", decimals=0), Column("allocated, GiB"),
-            Column("naive ÷ head", suffix="×"), Column("reserved, GiB"), Column("process, GiB"), Column("runs"),
-            Column("note", False),
+            Column("less memory", suffix="×"), Column("reserved, GiB"), Column("process, GiB"), Column("runs"),
         )  # fmt: skip
-        section.blocks += [settings_line(found), Table(f"{caption}: throughput and peak memory", columns, lines, starts)]
+        section.blocks += [stated(found, beside=(*columns(found), "batch")), Table(f"{caption}: throughput and peak memory", heads, lines, starts)]
     if not section.blocks:
         return None
     section.blocks.append(
         "Samples are queries with their documents; tokens are real ones, without padding. Warm-up and compilation are left"
         " out. Allocated is what live tensors took at the peak, reserved what the allocator took from the device; "
-        "naive ÷ head says how many times less a head allocates than the naive one."
+        "less memory: the naive head's divided by this one's."
     )
     return section
 
@@ -200,7 +187,7 @@ def parts_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | No
     section = Section("Parts of a step")
     for found, name, what in (
         (own_largest(runs, named), "step_largest", "each head at its own largest batch"),
-        (_longest_batches(runs, named), "step_same", "heads at the same batch"),
+        (longest_batches(runs, named), "step_same", "heads at the same batch"),
     ):
         timed = [group for group in found if any(entry.parts for entry in entries(group, named).values())]
         if timed:
@@ -208,20 +195,24 @@ def parts_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | No
     return section if section.blocks else None
 
 
-def _longest_batches(runs: Sequence[Run], named: Mapping[str, str]) -> list[Group]:
-    """Of groups that differ in the batch only, the one in which most heads were timed, at the largest batch."""
-    best: dict[object, Group] = {}
+def longest_batches(runs: Sequence[Run], named: Mapping[str, str]) -> list[Group]:
+    """Of groups that differ in the batch only, the one in which most heads were timed, at the largest batch.
+
+    Where batches were varied, lengths and vocabularies that were not have a figure of their own and are left out.
+    """
+    best: dict[int, Group] = {}
     families = groups([run for run in runs if not run.searched], (*BATCH, *PACKED))
     for group in same_batch(runs, named):
         family = next(place for place, f in enumerate(families) if group.runs[0] in f.runs)
 
         def weight(one: Group) -> tuple[int, float]:
-            timed = [entry for entry in entries(one, named).values() if entry.parts]
+            timed = [entry for entry in entries(one, named).values() if entry.mean(RATE)]
             return len(timed), one.runs[0].batch or 0
 
         if family not in best or weight(group) > weight(best[family]):
             best[family] = group
-    return list(best.values())
+    several = [place for place in best if len({run.batch for run in families[place].runs}) > 1]
+    return [group for place, group in best.items() if place in several or not several]
 
 
 def _parts_blocks(found: Sequence[Group], named: Mapping[str, str], name: str, what: str) -> list[Block]:
@@ -233,54 +224,46 @@ def _parts_blocks(found: Sequence[Group], named: Mapping[str, str], name: str, w
         return [entry.batch, entry.mean("perf/step_ms"), *cells, None if share is None else 100 * share]
 
     titles, lines, starts = rows(found, named, read)
-    told = differing(found)[1]
-    kept = [place for place, known in enumerate(titles) if known != "batch"]
-    shown = [[line[place] for place in kept] + line[len(titles) :] for line in lines]
-    columns = _columns(
-        [titles[place] for place in kept], Column("batch", decimals=0), Column("step, ms"),
+    heads = _columns(
+        titles, Column("batch", decimals=0), Column("step, ms"),
         *(Column(f"{part}, ms") for part in PARTS), Column("head, % of step", decimals=0),
     )  # fmt: skip
-    table = Table(f"Parts of a step, {what}; forward and backward together", columns, shown, starts)
+    table = Table(f"Parts of a step, {what}; forward and backward together", heads, lines, starts)
     bars = []
-    for group, one in zip(found, told, strict=True):
+    for group, where in zip(found, names(found), strict=True):
         for label, entry in entries(group, named).items():
             if entry.parts and entry.samples:
-                where = title(one, [t for t in titles if t != "batch"])
                 bar = f"{where}\n{label}, batch {plain(entry.batch)}" if where else f"{label}, batch {plain(entry.batch)}"
                 split = {part: value / entry.samples for part, value in entry.parts.items()}
                 bars.append((bar, split, f"head {split['head'] / sum(split.values()):.0%}"))
     if not bars:
-        return [settings_line(found), table]
+        return [stated(found, beside=(*columns(found), "batch")), table]
     said = "; ".join(f"{bar.replace(chr(10), ', ')}: {sum(s.values()):.3g} ms, {note}" for bar, s, note in bars[:BARS])
     caption = f"Milliseconds of a training step for one sample, {what}; beside each bar the head's share."
     if len(bars) > BARS:
         caption += f" The first {BARS} of {len(bars)}; all are in the table."
     drawing = figures.parts(bars[:BARS], "ms of a step for one sample")
-    return [settings_line(found), Picture(name, caption, f"Stacked bars. {said}.", drawing), table]
+    return [stated(found, beside=(*columns(found), "batch")), Picture(name, caption, f"Stacked bars. {said}.", drawing), table]
 
 
 def warm_up_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
     """First step, warm-up and what was compiled in them: all that the other figures leave out."""
-    found = [g for g in groups(runs, PACKED) if any(run.number("perf/warmup_s") for run in g.runs)]
-    if not found:
-        return None
+    section = Section("Warm-up and compilation")
+    figures = ("first_step_s", "warmup_s", "compiled_graphs", "compiled_graphs_timed")
 
     def read(entry: Entry, base: Entry | None) -> list[Any]:
-        names = ("first_step_s", "warmup_s", "compiled_graphs", "compiled_graphs_timed")
-        return [entry.batch, *(entry.mean(f"perf/{name}") for name in names)]
+        return [entry.batch, *(entry.mean(f"perf/{name}") for name in figures)]
 
-    found = with_rivals(found, named)
-    titles, lines, starts = rows(found, named, read)
-    kept = [place for place, known in enumerate(titles) if known != "batch"]
-    width = len(titles)
-    shown, begins = [], set()
-    for place, line in enumerate(lines):
-        begins |= {len(shown)} if place in starts else set()
-        if any(value is not None for value in line[width + 2 :]):
-            shown.append([line[i] for i in kept] + line[width:])
-    columns = _columns(
-        [titles[i] for i in kept], Column("batch", decimals=0), Column("first step, s"), Column("whole warm-up, s"),
-        Column("graphs compiled in it"), Column("graphs compiled after it", decimals=0),
-    )  # fmt: skip
-    table = Table("Warm-up and compilation, left out of every other figure", columns, shown, frozenset(begins))
-    return Section("Warm-up and compilation", [table])
+    for found, what in (
+        (own_largest(runs, named), "each head at its own largest batch"),
+        (longest_batches(runs, named), "heads at the same batch"),
+    ):
+        known = [group for group in found if any(run.number("perf/warmup_s") for run in group.runs)]
+        if known:
+            titles, lines, starts = rows(known, named, read)
+            heads = _columns(
+                titles, Column("batch", decimals=0), Column("first step, s"), Column("whole warm-up, s"),
+                Column("graphs compiled in it"), Column("graphs compiled after it", decimals=0),
+            )  # fmt: skip
+            section.blocks.append(Table(f"Warm-up, left out of every other figure, {what}", heads, lines, starts))
+    return section if section.blocks else None

@@ -9,7 +9,7 @@ from reporting import figures
 from reporting.document import Block, Picture, Section, plain
 from reporting.figures import Panel
 from reporting.runs import Run, number
-from reporting.settings import BATCH, FOUND, LENGTH, PACKED, VOCABULARY, Group, differing, groups, in_order, shared, title
+from reporting.settings import BATCH, FOUND, LENGTH, PACKED, VOCABULARY, Group, groups, in_order, names, stated
 from reporting.speed import MIB, RATE, Entry, entries, with_rivals
 
 
@@ -35,18 +35,16 @@ AXES = (
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is drawn: stem of the file, name, unit on the axis, its value in an entry, and whether more is better."""
+    """What is drawn: name on the axis, and its value in an entry."""
 
-    name: str
-    told: str
     up: str
     read: Callable[[Entry], float | None]
 
 
 QUANTITIES = (
-    Quantity("memory", "peak memory", "peak allocated, GiB", lambda e: e.mean("perf/peak_mem_allocated_mib", MIB)),
-    Quantity("memory", "peak memory of the process", "peak of the process, GiB", lambda e: e.mean("perf/peak_rss_mib", MIB)),
-    Quantity("throughput", "throughput", "samples/s", lambda e: e.mean(RATE)),
+    Quantity("peak allocated, GiB", lambda e: e.mean("perf/peak_mem_allocated_mib", MIB)),
+    Quantity("peak of the process, GiB", lambda e: e.mean("perf/peak_rss_mib", MIB)),
+    Quantity("samples/s", lambda e: e.mean(RATE)),
 )
 
 
@@ -56,11 +54,12 @@ def sections(runs: Sequence[Run], named: Mapping[str, str]) -> list[Section]:
     for axis in AXES:
         section = Section(axis.heading)
         members = _varied(runs, axis, named)
-        for quantity in QUANTITIES:
-            section.blocks += _picture(members, axis, quantity, named)
+        section.blocks += _picture(members, axis, named)
         if axis.name == "batch":
             section.blocks += _tries(runs, named)
         if section.blocks:
+            of = members or _tried(runs, named)
+            section.blocks.insert(0, stated(of))
             found.append(section)
     return found
 
@@ -75,39 +74,51 @@ def _varied(runs: Sequence[Run], axis: Axis, named: Mapping[str, str]) -> list[G
     ]  # fmt: skip
 
 
-def _picture(found: Sequence[Group], axis: Axis, quantity: Quantity, named: Mapping[str, str]) -> list[Block]:
-    titles, told = differing(found) if found else ([], [])
+def _picture(found: Sequence[Group], axis: Axis, named: Mapping[str, str]) -> list[Block]:
+    """Memory and throughput of each group beside each other."""
     panels = []
-    for group, one in zip(found, told, strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        failed: dict[str, list[float]] = {}
-        for label in in_order(named[run.name] for run in group.runs):
-            own = [run for run in group.runs if named[run.name] == label]
-            for x in sorted({axis.read(run) for run in own}):
-                here = [run for run in own if axis.read(run) == x]
-                y = quantity.read(Entry(label, tuple(run for run in here if run.finished)))
-                if y is not None:
-                    lines.setdefault(label, []).append((x, y))
-                elif any(run.out_of_memory for run in here):
-                    failed.setdefault(label, []).append(x)
-        if any(len(points) > 1 for points in lines.values()):
-            unit = f", {group.runs[0].batch_unit}" if axis.name == "batch" else ""
-            panels.append(Panel(title(one, titles), lines, failed, f"{axis.across}{unit}", quantity.up))
+    for group, where in zip(found, names(found) if found else [], strict=True):
+        unit = f", {group.runs[0].batch_unit}" if axis.name == "batch" else ""
+        for quantity in QUANTITIES:
+            lines, failed = _lines(group, axis, quantity, named)
+            if lines:
+                panels.append(Panel(where, lines, failed, f"{axis.across}{unit}", quantity.up))
     if not panels:
         return []
-    cross = " A cross on the upper edge: out of memory." if any(panel.failed for panel in panels) else ""
-    told_settings = f" Settings of all: {shared(found)}."
-    caption = f"{quantity.told.capitalize()} against {axis.across}.{cross}{told_settings}"
-    alt = f"{quantity.told.capitalize()} against {axis.across}. " + " ".join(map(_said, panels))
-    return [Picture(f"{quantity.name}_{axis.name}", caption, alt, figures.lines(panels))]
+    cross = " A cross at the upper edge: out of memory." if any(panel.failed for panel in panels) else ""
+    caption = f"Peak memory and throughput against {axis.across}.{cross}"
+    alt = f"Lines against {axis.across}. " + " ".join(map(_said, panels))
+    return [Picture(axis.name, caption, alt, figures.lines(panels))]
+
+
+def _lines(
+    group: Group, axis: Axis, quantity: Quantity, named: Mapping[str, str]
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, list[float]]]:
+    """Points by label, and where a label ran out of memory."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    failed: dict[str, list[float]] = {}
+    for label in in_order(named[run.name] for run in group.runs):
+        own = [run for run in group.runs if named[run.name] == label]
+        for x in sorted({axis.read(run) for run in own}):
+            here = [run for run in own if axis.read(run) == x]
+            y = quantity.read(Entry(label, tuple(run for run in here if run.finished)))
+            if y is not None:
+                lines.setdefault(label, []).append((x, y))
+            elif any(run.out_of_memory for run in here):
+                failed.setdefault(label, []).append(x)
+    return lines, failed
+
+
+def _tried(runs: Sequence[Run], named: Mapping[str, str]) -> list[Group]:
+    known = [run for run in runs if run.tries]
+    return with_rivals(groups(known, (*FOUND, *PACKED)), named) if known else []
 
 
 def _tries(runs: Sequence[Run], named: Mapping[str, str]) -> list[Block]:
     """Memory against batch size from what find_batch tried."""
-    found = with_rivals(groups([run for run in runs if run.tries], (*FOUND, *PACKED)), named) if runs else []
-    titles, told = differing(found) if found else ([], [])
+    found = _tried(runs, named)
     panels = []
-    for group, one in zip(found, told, strict=True):
+    for group, where in zip(found, names(found) if found else [], strict=True):
         lines: dict[str, dict[float, float]] = {}
         for run in group.runs:
             for row in run.tries:
@@ -117,12 +128,12 @@ def _tries(runs: Sequence[Run], named: Mapping[str, str]) -> list[Block]:
         if lines:
             points = {label: list(line.items()) for label, line in lines.items()}
             unit = group.runs[0].batch_unit
-            panels.append(Panel(title(one, titles), points, {}, f"batch, {unit}", "peak reserved, GiB"))
+            panels.append(Panel(where, points, {}, f"batch, {unit}", "peak reserved, GiB"))
     if not panels:
         return []
-    caption = f"Peak memory of every batch that find_batch tried and that fit. Settings of all: {shared(found)}."
+    caption = f"Peak memory of every batch that find_batch tried and that fit."
     alt = "Peak reserved memory against batch size, from find_batch. " + " ".join(map(_said, panels))
-    return [Picture("memory_tries", caption, alt, figures.lines(panels))]
+    return [Picture("tries", caption, alt, figures.lines(panels))]
 
 
 def _said(panel: Panel) -> str:
@@ -132,4 +143,4 @@ def _said(panel: Panel) -> str:
         (x0, y0), (x1, y1) = min(points), max(points)
         parts.append(f"{label} from {plain(y0)} at {plain(x0)} to {plain(y1)} at {plain(x1)}")
     parts += [f"{label} out of memory at {', '.join(map(plain, xs))}" for label, xs in panel.failed.items()]
-    return f"{panel.title + ': ' if panel.title else ''}{'; '.join(parts)}."
+    return f"{panel.title + ', ' if panel.title else ''}{panel.up}: {'; '.join(parts)}."

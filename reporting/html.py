@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"report.py needs jinja2 ({error}): pip install -c constraints.txt -e '.[report]'") from error
 
-from reporting.document import Block, Report
+from reporting.document import Block, Report, Section, Table
 from reporting.style import FILE_DPI, PAGE_DPI
 
 TEMPLATE = "report.html.j2"
@@ -26,6 +26,7 @@ def html(report: Report, pictures: Mapping[str, bytes]) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"kind": _kind, "anchor": _anchor}
+    environment.tests["across"] = _across
     images = {name: _image(png) for name, png in pictures.items()}
     return environment.get_template(TEMPLATE).render(report=report, images=images)
 
@@ -36,6 +37,12 @@ def _image(png: bytes) -> dict[str, str | int]:
     scale = PAGE_DPI / FILE_DPI
     source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
     return {"source": source, "width": round(width * scale), "height": round(height * scale)}
+
+
+def _across(section: Section) -> bool:
+    """Whether it is printed in landscape: a section of nothing but tables, one of them with many columns."""
+    tables = [block for block in section.blocks if isinstance(block, Table)]
+    return len(tables) == len(section.blocks) and any(len(table.columns) > 13 for table in tables)
 
 
 def _kind(block: Block) -> str:

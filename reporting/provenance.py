@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -49,7 +50,8 @@ def _why(run: Run) -> str:
 def _error(run: Run) -> str | None:
     error = run.summary.get("error")
     shown = hide_paths(" ".join(str(error).split())) if error else None
-    # PyTorch's message about memory goes on with advice.
+    if shown and run.out_of_memory:  # PyTorch's message goes on with the state of the card and advice
+        shown = re.sub(r"(Tried to allocate [\d.]+ \w+).*", r"\1", shown)
     return shown if shown is None or len(shown) <= 240 else f"{shown[:240].rsplit(' ', 1)[0]} …"
 
 
@@ -126,4 +128,8 @@ def all_runs_section(runs: Sequence[Run]) -> Section:
         Column("seed", decimals=0), Column("FLOPS weight", False), Column("step, ms"), Column("samples/s"),
         Column("peak, GiB"), Column("nDCG@10", decimals=3), Column("dims doc"),
     ]  # fmt: skip
-    return Section("All runs", [Table(f"All {len(runs)} runs", columns, lines)])
+    # What is the same in all runs stands at the top of the page.
+    same = [i for i in range(2, len(columns)) if len(runs) > 1 and len({repr(line[i]) for line in lines}) == 1]
+    lines = [[cell for i, cell in enumerate(line) if i not in same] for line in lines]
+    kept = [column for i, column in enumerate(columns) if i not in same]
+    return Section("All runs", [Table(f"All {len(runs)} runs", kept, lines)])

@@ -22,9 +22,9 @@ SPARSE = {"test/active_dims_doc": "active dimensions of a document", "test/flops
 def loss_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
     """Loss curves of the studies laid over each other; random texts have no curve worth showing."""
     known = [run for run in runs if len(run.losses) > 1 and not run.synthetic]
-    found = with_rivals(groups(known, PACKED), named) if known else []
-    if not found:
+    if not known:
         return None
+    found = _with_seeds(with_rivals(groups(known, PACKED), named))
     rivals = len({named[run.name] for run in found[0].runs}) > 1
     if not rivals:  # one head only: what it differs in is laid over each other instead
         return _weights(known)
@@ -94,8 +94,7 @@ def seeds_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | No
     found = groups([run for run in runs if run.finished and run.number(NDCG) is not None], PACKED)
     if not found:
         return None
-    # A sweep of single runs is in the figure of quality against sparsity.
-    found = [group for group in found if len({run.seed for run in group.runs}) > 1] or found
+    found = _with_seeds(found)
     titles, told = columns(found), differing(found)[1]
     lines, starts = [], set()
     for group, one in zip(found, told, strict=True):
@@ -178,7 +177,7 @@ def _verdict(values: Mapping[str, Mapping[Any, float]], label: str) -> dict[str,
 
 def verdicts(runs: Sequence[Run], named: Mapping[str, str]) -> list[tuple[str, str, dict[str, Any], int]]:
     """For the top of the page: study, label, comparison with the naive head and number of seeds."""
-    found = [g for g in groups([run for run in runs if run.finished], PACKED) if len({run.seed for run in g.runs}) > 1]
+    found = _with_seeds(groups([run for run in runs if run.finished and run.number(NDCG) is not None], PACKED))
     told_all = []
     for group, name in zip(found, names(found) if found else [], strict=True):
         values = _values(group, named, NDCG)
@@ -188,6 +187,11 @@ def verdicts(runs: Sequence[Run], named: Mapping[str, str]) -> list[tuple[str, s
                 where = name or f"{group.runs[0].dataset}, {group.runs[0].model}"
                 told_all.append((where, label, verdict, len(values[label])))
     return told_all
+
+
+def _with_seeds(found: Sequence[Group]) -> list[Group]:
+    """The studies of several seeds; all where there are none. Sweeps are in the figure of quality against sparsity."""
+    return [group for group in found if len({run.seed for run in group.runs}) > 1] or list(found)
 
 
 def _mean(runs: Sequence[Run], name: str) -> float | None:

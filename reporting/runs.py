@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 LOCAL = ("model.name_or_path=", "ckpt_path=", "data.path=", "hydra.", "paths.")
 FREE = ("head.", "seed", "paths.", "logger.", "ckpt_path")  # in which runs of one study may differ
 OUTPUTS = ("output_dir", "dirpath", "default_root_dir")
+YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, which is ten times faster, where it was built
 UNFINISHED = "unfinished"  # the status of a run that left no summary
 
 
@@ -211,9 +212,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.exists():
         return {}, {}
     try:
-        cfg = OmegaConf.load(path)
-        written = dict(flat(OmegaConf.to_container(cfg)))
-    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, OSError) as error:
+        node = yaml.load(path.read_text(encoding="utf-8"), Loader=YAML)
+        written, cfg = dict(flat(node)), OmegaConf.create(node)
+    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise ValueError(f"{path.name}: expected a YAML mapping, got {line[:200]}; run it again") from error
     return written, {name: _resolved(cfg, name, value) for name, value in written.items()}
@@ -231,7 +232,7 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def read_overrides(folder: Path) -> tuple[str, ...]:
     """The run's overrides; a local path says nothing to a reader and is left out."""
     path = folder / ".hydra" / "overrides.yaml"
-    said = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else []
+    said = yaml.load(path.read_text(encoding="utf-8"), Loader=YAML) if path.exists() else []
     return tuple(str(line) for line in said if not str(line).startswith(LOCAL))
 
 
@@ -262,6 +263,6 @@ def _resolved(cfg: Any, name: str, value: Any) -> Any:
     return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural(name: str) -> list[tuple[str, int]]:
     """Job 10 of a sweep comes after job 9."""
-    return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)]
+    return [(text, int(part or 0)) for text, part in re.findall(r"(\D*)(\d*)", name)]

@@ -48,7 +48,7 @@ def build(runs: Sequence[Run], problems: Sequence[str] = ()) -> Report:
 
 def _without(block: Settings, everywhere: Mapping[str, object]) -> Settings:
     """What is not said of all runs already."""
-    return Settings({name: value for name, value in block.common.items() if name not in everywhere}, block.each)
+    return Settings({name: value for name, value in block.common.items() if name not in everywhere}, block.each, block.note)
 
 
 def _findings(

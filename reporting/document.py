@@ -71,11 +71,13 @@ class Settings:
 
     common: dict[str, Any]
     each: list[tuple[str, dict[str, Any]]]
+    note: str = ""
 
     def lines(self) -> list[str]:
         """A sentence for what all have in common, then one for each group."""
         common = f"Settings: {listed(self.common)}." if self.common else ""
-        return [line for line in (common, *(f"{name}: {listed(one)}." for name, one in self.each if one)) if line]
+        each = (f"{name}: {listed(one)}." for name, one in self.each if one)
+        return [line for line in (common, *each, self.note) if line]
 
 
 @dataclass(frozen=True)

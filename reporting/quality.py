@@ -11,7 +11,7 @@ from reporting import figures
 from reporting.document import Block, Column, Picture, Section, Table, text
 from reporting.figures import Curves, Scatter
 from reporting.runs import Run
-from reporting.seeds import compare, deviation
+from reporting.seeds import EQUAL, compare, deviation
 from reporting.settings import PACKED, SPARSITY, Group, baseline, columns, differing, groups, in_order, names, stated
 from reporting.speed import with_rivals
 
@@ -105,7 +105,7 @@ def seeds_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | No
             own = [run for run in group.runs if named[run.name] == label]
             lines.append([
                 *(one.get(t) for t in titles), label, len(known), fmean(known), deviation(known),
-                verdict.get("difference"), verdict.get("allowed"), verdict.get("verdict"),
+                verdict.get("difference"), verdict.get("allowed"), _short(verdict),
                 *(_mean(own, name) for name in ("test/mrr@10", "test/recall@100", "untrained/test/ndcg@10",
                                                 "bm25/test/ndcg@10", "test/active_dims_query", "test/active_dims_doc")),
             ])  # fmt: skip
@@ -117,7 +117,7 @@ def seeds_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | No
     ]  # fmt: skip
     table = Table("Quality on the test split, mean over seeds", heads, lines, frozenset(starts))
     note = (
-        "Equal within the spread of the seeds: the means differ by at most two pooled standard deviations over the same"
+        "Equal is within the spread of the seeds: means that differ by at most two pooled standard deviations over the same"
         " seeds (the column allowed). Untrained and BM25 are nDCG@10 of the model before training and of BM25."
     )
     blocks: list[Block] = [stated(found, beside=titles), table, note]
@@ -140,7 +140,7 @@ def _languages(group: Group, where: str, named: Mapping[str, str], name: str) ->
             verdict = _verdict(values, label)
             lines.append([
                 language, label, len(seeds), fmean(seeds.values()), deviation([*seeds.values()]),
-                verdict.get("difference"), verdict.get("allowed"), verdict.get("verdict"),
+                verdict.get("difference"), verdict.get("allowed"), _short(verdict),
             ])  # fmt: skip
     heads = [
         Column("language", False), Column("head", False), Column("seeds"), Column("nDCG@10", decimals=3),
@@ -192,6 +192,12 @@ def verdicts(runs: Sequence[Run], named: Mapping[str, str]) -> list[tuple[str, s
 def _with_seeds(found: Sequence[Group]) -> list[Group]:
     """The studies of several seeds; all where there are none. Sweeps are in the figure of quality against sparsity."""
     return [group for group in found if len({run.seed for run in group.runs}) > 1] or list(found)
+
+
+def _short(verdict: Mapping[str, Any]) -> str | None:
+    """The verdict in a column, whose meaning stands below the table."""
+    said = verdict.get("verdict")
+    return said and said.replace(EQUAL, "equal").partition(":")[0]
 
 
 def _mean(runs: Sequence[Run], name: str) -> float | None:

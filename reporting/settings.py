@@ -217,7 +217,14 @@ def stated(of: Sequence[Group], *, beside: Sequence[str] | None = None) -> Setti
     common = {name: value for name, value in worth_saying(told[0]).items() if name not in titles}
     rest = [name for name in titles if name not in known]
     lines = [{name: one[name] for name in rest if one.get(name) is not None} for one in told]
-    return Settings(common, list(zip(names(of), lines, strict=True)))
+    return Settings(common, list(zip(names(of), lines, strict=True)), _commits(of))
+
+
+def _commits(of: Sequence[Group]) -> str:
+    """A warning where runs of several commits are compared."""
+    mixed = [{str(run.summary["commit"])[:10] for run in group.runs if run.summary.get("commit")} for group in of]
+    mixed = sorted(set().union(*(commits for commits in mixed if len(commits) > 1)))
+    return f"Runs of several commits are compared here: {', '.join(mixed)}." if mixed else ""
 
 
 def title(one: dict[str, Any], titles: Sequence[str]) -> str:

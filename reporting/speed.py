@@ -25,8 +25,8 @@ class Entry:
     runs: tuple[Run, ...]
 
     def mean(self, name: str, unit: float = 1.0) -> float | None:
-        """Mean of a figure over the runs that have it."""
-        found = [value for run in self.runs if (value := run.number(name)) is not None]
+        """Mean of a figure over the finished runs that have it."""
+        found = [value for run in self.runs if run.finished and (value := run.number(name)) is not None]
         return fmean(found) / unit if found else None
 
     @property
@@ -120,7 +120,7 @@ def largest_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | 
 
     titles, lines, starts = rows(found, named, read)
     heads = _columns(
-        titles, Column(f"largest batch, {unit}", decimals=0), Column("÷ naive", suffix="×"),
+        titles, Column(f"largest batch, {unit}", decimals=0), Column("÷ naive", decimals=2, suffix="×"),
         Column("peak reserved, GiB"), Column("tries"), Column("search, s"),
     )  # fmt: skip
     table = Table("Largest batch whose whole training step fits, as find_batch found it", heads, lines, starts)
@@ -168,8 +168,8 @@ def throughput_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section
         titles, lines, starts = rows(found, named, read)
         heads = _columns(
             titles, Column("batch", decimals=0), Column("step, ms"), Column("samples/s"),
-            Column("÷ naive", suffix="×"), Column("real tokens/s", decimals=0), Column("allocated, GiB"),
-            Column("less memory", suffix="×"), Column("reserved, GiB"), Column("process, GiB"), Column("runs"),
+            Column("÷ naive", decimals=2, suffix="×"), Column("real tokens/s", decimals=0), Column("allocated, GiB"),
+            Column("less memory", decimals=2, suffix="×"), Column("reserved, GiB"), Column("process, GiB"), Column("runs"),
         )  # fmt: skip
         section.blocks += [stated(found, beside=(*columns(found), "batch")), Table(f"{caption}: throughput and peak memory", heads, lines, starts)]
     if not section.blocks:

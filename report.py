@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reporting.runs import Run, read_runs
+from reporting.runs import Run, read_runs, unique
 
 WANDB = "wandb:"
 
@@ -21,7 +21,7 @@ def read(sources: Sequence[str]) -> tuple[list[Run], list[str]]:
             from reporting.wandb_source import read_project  # an import of seconds, needed for this source only
 
             runs += read_project(source.removeprefix(WANDB))
-    return runs, problems
+    return unique(runs), problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

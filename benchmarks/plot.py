@@ -20,7 +20,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 except ImportError as error:
-    raise SystemExit(f"the figures need matplotlib ({error}): pip install -c constraints.txt -e '.[plot]'") from error
+    raise SystemExit(f"the figures need matplotlib ({error}): pip install -c constraints.txt -e '.[report]'") from error
 
 # Okabe and Ito's colours, which the colour-blind tell apart; markers and dashes do it in black and white.
 LOOKS = {

@@ -14,13 +14,14 @@ from reporting.speed import RATE, Entry, entries
 def build(runs: Sequence[Run], problems: Sequence[str] = ()) -> Report:
     """Builds the report.
 
-    Speed and memory are told of runs on synthetic texts where there are such runs, else of all; quality of the others.
+    Speed and memory are told of runs on synthetic texts where one of these finished, else of all; quality of the others.
 
     Args:
         runs: finished or not.
         problems: a line for each run that could not be read.
     """
-    timed = [run for run in runs if run.synthetic] or list(runs)
+    timed = [run for run in runs if run.synthetic]
+    timed = timed if any(run.finished for run in timed) else list(runs)
     judged = [run for run in runs if not run.synthetic]
     of_timed, of_judged = labels(timed), labels(judged)
     sections = [

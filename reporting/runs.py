@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 LOCAL = ("model.name_or_path=", "ckpt_path=", "data.path=", "hydra.", "paths.")
-FREE = ("head.", "seed", "paths.", "logger.", "ckpt_path")  # in which runs of one study may differ
+FREE = ("head.", "seed.", "paths.", "logger.", "ckpt_path.")  # in which runs of one study may differ
 OUTPUTS = ("output_dir", "dirpath", "default_root_dir")
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, which is ten times faster, where it was built
 UNFINISHED = "unfinished"  # the status of a run that left no summary
@@ -211,12 +211,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     if not path.exists():
         return {}, {}
-    try:
-        node = yaml.load(path.read_text(encoding="utf-8"), Loader=YAML)
-        written, cfg = dict(flat(node)), OmegaConf.create(node)
-    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"{path.name}: expected a YAML mapping, got {line[:200]}; run it again") from error
+    node = _yaml(path)
+    if not isinstance(node, dict):
+        raise ValueError(f"{path.name}: expected a YAML mapping, got {type(node).__name__}; run it again")
+    written, cfg = dict(flat(node)), OmegaConf.create(node)
     return written, {name: _resolved(cfg, name, value) for name, value in written.items()}
 
 
@@ -232,7 +230,7 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def read_overrides(folder: Path) -> tuple[str, ...]:
     """The run's overrides; a local path says nothing to a reader and is left out."""
     path = folder / ".hydra" / "overrides.yaml"
-    said = yaml.load(path.read_text(encoding="utf-8"), Loader=YAML) if path.exists() else []
+    said = (_yaml(path) or []) if path.exists() else []
     return tuple(str(line) for line in said if not str(line).startswith(LOCAL))
 
 
@@ -244,6 +242,24 @@ def read_losses(path: Path) -> dict[int, float]:
 def hide_paths(text: str) -> str:
     """Shortens absolute paths to their last part: where a run lay says nothing to a reader."""
     return re.sub(r"(?<![\w.:/…])/(?:[^\s/:;,'\"()]+/)+([^\s/:;,'\"()]*)", r"…/\1", text)
+
+
+def unique(runs: Iterable[Run]) -> list[Run]:
+    """The runs with names that tell them apart, also where two sources use the same ones."""
+    seen: dict[str, int] = {}
+    named = []
+    for run in runs:
+        seen[run.name] = seen.get(run.name, 0) + 1
+        named.append(run if seen[run.name] == 1 else replace(run, name=f"{run.name} #{seen[run.name]}"))
+    return named
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=YAML)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"{path.name}: expected YAML, got {line[:200]}; run it again") from error
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

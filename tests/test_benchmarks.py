@@ -259,7 +259,7 @@ def test_plots(tmp_path, capsys):
 def test_plot_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "benchmarks.plot", raising=False)
-    with pytest.raises(SystemExit, match=r"need matplotlib .*\[plot\]"):
+    with pytest.raises(SystemExit, match=r"need matplotlib .*\[report\]"):
         import benchmarks.plot  # noqa: F401
 
 

@@ -1,4 +1,4 @@
-"""Runs to one CSV: a line for each summary.json below the folders given.  python -m benchmarks.collect OUT.csv FOLDER..."""
+"""Runs to one CSV: a line for each summary.json below the folders.  python -m benchmarks.collect OUT.csv FOLDER..."""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from reporting import provenance, quality, speed, sweeps
-from reporting.document import Report, Settings, listed, plain, ratio
+from reporting.document import Block, Report, Settings, listed, plain, ratio
 from reporting.runs import Run
 from reporting.settings import Group, baseline, in_order, labels, names, values, worth_saying
 from reporting.speed import RATE, Entry, entries
@@ -14,7 +15,7 @@ from reporting.speed import RATE, Entry, entries
 def build(runs: Sequence[Run], problems: Sequence[str] = ()) -> Report:
     """Builds the report.
 
-    Speed and memory are told of runs on synthetic texts where one of these finished, else of all; quality of the others.
+    Speed and memory are told of runs on synthetic texts where one of these finished, else of all; quality of others.
 
     Args:
         runs: finished or not.
@@ -40,16 +41,18 @@ def build(runs: Sequence[Run], problems: Sequence[str] = ()) -> Report:
     found = [section for section in sections if section]
     everywhere = worth_saying(values(Group(tuple(runs), ())))
     for section in found:
-        section.blocks = [_without(block, everywhere) if isinstance(block, Settings) else block for block in section.blocks]
+        section.blocks = [_without(block, everywhere) for block in section.blocks]
     heads, models = in_order(run.head for run in runs), dict.fromkeys(run.model for run in runs)
     about = f"{_words(heads)} on {_words(models)}: {_status(runs)}, {_devices(runs)}."
     settings = f"Settings of all runs: {listed(everywhere)}." if everywhere else ""
     return Report("Sparton: heads compared", about, _findings(timed, of_timed, judged, of_judged), settings, found)
 
 
-def _without(block: Settings, everywhere: Mapping[str, object]) -> Settings:
-    """What is not said of all runs already."""
-    return Settings({name: value for name, value in block.common.items() if name not in everywhere}, block.each, block.note)
+def _without(block: Block, everywhere: Mapping[str, object]) -> Block:
+    """Settings without those that are said of all runs already; any other block as it is."""
+    if not isinstance(block, Settings):
+        return block
+    return replace(block, common={name: value for name, value in block.common.items() if name not in everywhere})
 
 
 def _findings(
@@ -68,7 +71,8 @@ def _findings(
     )  # fmt: skip
     for where, label, verdict, seeds in quality.verdicts(judged, of_judged):
         line = f"mean nDCG@10 of {label} over {seeds} seeds is {verdict['verdict']}"
-        lines.append(f"{where}: {line} ({verdict['difference']:+.4f}, allowed {verdict['allowed']:.4f}).".replace("(-", "(−"))
+        difference = f"{verdict['difference']:+.4f}".replace("-", "−")
+        lines.append(f"{where}: {line} ({difference}, allowed {verdict['allowed']:.4f}).")
     return lines
 
 

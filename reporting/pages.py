@@ -23,20 +23,16 @@ def write_pages(runs: Sequence[Run], problems: Sequence[str], out: Path) -> list
     Args:
         runs: finished or not, at least one.
         problems: a line for each run that could not be read.
-        out: a folder; created where it is missing. Figures of an earlier report are replaced.
+        out: a folder; created where it is missing.
     """
     with rc_context(STYLE):
         report = build(runs, problems)
         blocks = [block for section in report.sections for block in section.blocks]
         pictures = {block.name: _png(block) for block in blocks if isinstance(block, Picture)}
     folder = out / FIGURES
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
+    (folder if pictures else out).mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
-    if not pictures:
-        folder.rmdir()
     pages = {out / "report.md": markdown(report), out / "report.html": html(report, pictures)}
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")

@@ -76,7 +76,7 @@ def machine_section(runs: Sequence[Run]) -> Section:
         columns = [*(Column(told, False) for told in MACHINE.values()), Column("date", False), Column("runs")]
         section.blocks.append(Table("What the runs ran on", columns, lines))
     if lines := commands(runs):
-        section.blocks += ["How to run them again; paths of the machine that they ran on are left out:", Commands(lines)]
+        section.blocks += ["How to run them again; paths of the machine are left out:", Commands(lines)]
     return section
 
 
@@ -85,7 +85,7 @@ def _commit(value: Any) -> str | None:
 
 
 def commands(runs: Iterable[Run]) -> list[str]:
-    """A command for each sweep, with commas where its runs differ, or one for each run where they are no full product."""
+    """A command for each sweep, with commas where its runs differ; one for each run where they are no product."""
     sweeps: dict[object, list[list[tuple[str, str]]]] = {}
     for run in runs:
         pairs = [(line.partition("=")[0], line.partition("=")[2]) for line in run.overrides]
@@ -114,8 +114,8 @@ def all_runs_section(runs: Sequence[Run]) -> Section:
     for run in runs:
         memory = run.number("perf/peak_mem_allocated_mib") or run.number("perf/peak_rss_mib")
         lines.append([
-            run.name, run.status, run.model, run.head, run.summary.get("packed"), run.dataset, run.settings.get("model.config.vocab_size"),
-            run.settings.get("model.max_doc_length"), precision(run),
+            run.name, run.status, run.model, run.head, run.summary.get("packed"), run.dataset,
+            run.settings.get("model.config.vocab_size"), run.settings.get("model.max_doc_length"), precision(run),
             run.settings.get("model.gradient_checkpointing"), run.largest or (None if run.searched else run.batch),
             run.settings.get("seed"), run.settings.get("flops_weight"), run.number("perf/step_ms"),
             run.number("perf/samples_per_sec"), None if memory is None else memory / MIB, run.number("test/ndcg@10"),
@@ -123,9 +123,9 @@ def all_runs_section(runs: Sequence[Run]) -> Section:
         ])  # fmt: skip
     columns = [
         Column("run", False), Column("status", False), Column("model", False), Column("head", False),
-        Column("backbone", False), Column("data", False), Column("vocabulary", decimals=0), Column("longest document", decimals=0),
-        Column("precision", False), Column("checkpointing", False), Column("batch", decimals=0),
-        Column("seed", decimals=0), Column("FLOPS weight", False), Column("step, ms"), Column("samples/s"),
+        Column("backbone", False), Column("data", False), Column("vocabulary", decimals=0),
+        Column("longest document", decimals=0), Column("precision", False), Column("checkpointing", False),
+        Column("batch", decimals=0), Column("seed", decimals=0), Column("FLOPS weight", False), Column("step, ms"), Column("samples/s"),
         Column("peak, GiB"), Column("nDCG@10", decimals=3), Column("dims doc"),
     ]  # fmt: skip
     # What is the same in all runs stands at the top of the page.

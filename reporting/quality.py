@@ -16,7 +16,7 @@ from reporting.settings import PACKED, SPARSITY, Group, baseline, columns, diffe
 from reporting.speed import with_rivals
 
 NDCG = "test/ndcg@10"
-SPARSE = {"test/active_dims_doc": "active dimensions of a document", "test/flops": "FLOPS (products per query and document)"}
+SPARSE = {"test/active_dims_doc": "active dimensions of a document", "test/flops": "FLOPS (products per pair of texts)"}
 
 
 def loss_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
@@ -117,8 +117,8 @@ def seeds_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | No
     ]  # fmt: skip
     table = Table("Quality on the test split, mean over seeds", heads, lines, frozenset(starts))
     note = (
-        "Equal is within the spread of the seeds: means that differ by at most two pooled standard deviations over the same"
-        " seeds (the column allowed). Untrained and BM25 are nDCG@10 of the model before training and of BM25."
+        "Equal is within the spread of the seeds: means that differ by at most two pooled standard deviations over the"
+        " same seeds (the column allowed). Untrained and BM25 are nDCG@10 of the model before training and of BM25."
     )
     blocks: list[Block] = [stated(found, beside=titles), table, note]
     for group, where in zip(found, names(found), strict=True):

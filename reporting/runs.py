@@ -1,4 +1,4 @@
-"""Reads what runs of train.py left in their folders: settings, overrides, summary, losses and the batch finder's tries."""
+"""Reads what runs of train.py left in their folders: settings, overrides, summary, losses, find_batch's tries."""
 
 from __future__ import annotations
 
@@ -154,8 +154,9 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
             raise OSError(f"FOLDER: expected a folder of runs of train.py, got {folder}, which is none; see outputs/")
         for place in run_folders(folder):
             name = str(place.relative_to(folder) if place != folder else place.name)
+            name = name if len(folders) == 1 else f"{folder.name}/{name}"
             try:
-                runs.setdefault(place.resolve(), read_run(place, name if len(folders) == 1 else f"{folder.name}/{name}"))
+                runs.setdefault(place.resolve(), read_run(place, name))
             except (OSError, ValueError) as problem:
                 problems.append(f"{name}: skipped, {problem}")
     if not runs:

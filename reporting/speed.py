@@ -1,15 +1,27 @@
-"""Sections on the largest batch, throughput, peak memory, the parts of a step and the warm-up, each beside the naive head."""
+"""Sections on the largest batch, throughput, peak memory, the parts of a step and the warm-up."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from reporting.document import Block, Column, Picture, Section, Table, plain, ratio
+from reporting.document import Block, Column, Picture, Section, Settings, Table, plain, ratio
 from reporting.runs import Run
-from reporting.settings import BATCH, FOUND, PACKED, Group, baseline, columns, differing, groups, in_order, names, stated
+from reporting.settings import (
+    BATCH,
+    FOUND,
+    PACKED,
+    Group,
+    baseline,
+    columns,
+    differing,
+    groups,
+    in_order,
+    names,
+    stated,
+)  # fmt: skip
 
 MIB = 1024
 PARTS = ("backbone", "head", "loss", "optimizer", "other")
@@ -85,7 +97,9 @@ def own_largest(runs: Sequence[Run], named: Mapping[str, str]) -> list[Group]:
     return with_rivals(groups([run for run in runs if run.searched], (*FOUND, *PACKED)), named)
 
 
-def rows(found: Sequence[Group], named: Mapping[str, str], read: Any) -> tuple[list[str], list[list[Any]], frozenset[int]]:
+def rows(
+    found: Sequence[Group], named: Mapping[str, str], read: Callable[[Entry, Entry | None], list[Any]]
+) -> tuple[list[str], list[list[Any]], frozenset[int]]:
     """Titles of the settings that are columns, a row for each entry, and where groups begin.
 
     ``read`` gives the cells after the head's label from an entry and the naive head's (None without one).
@@ -105,6 +119,11 @@ def _columns(titles: Sequence[str], *others: Column) -> list[Column]:
     return [*(Column(t, t in numeric, 0 if t in numeric else None) for t in titles), Column("head", False), *others]
 
 
+def _settings(found: Sequence[Group]) -> Settings:
+    """What the columns of a table of these groups don't say."""
+    return stated(found, beside=(*columns(found), "batch"))
+
+
 def largest_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
     """The largest batch of each head by find_batch, with ratios."""
     found = [g for g in own_largest(runs, named) if any(run.largest for run in g.runs)]
@@ -114,8 +133,9 @@ def largest_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | 
 
     def read(entry: Entry, base: Entry | None) -> list[Any]:
         return [
-            entry.note or entry.batch, against(entry.batch, base and base.batch), entry.mean("find_batch/peak_reserved_mib", MIB),
-            entry.mean("find_batch/tries"), entry.mean("find_batch/seconds"),
+            entry.note or entry.batch, against(entry.batch, base and base.batch),
+            entry.mean("find_batch/peak_reserved_mib", MIB), entry.mean("find_batch/tries"),
+            entry.mean("find_batch/seconds"),
         ]  # fmt: skip
 
     titles, lines, starts = rows(found, named, read)
@@ -124,7 +144,7 @@ def largest_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | 
         Column("peak reserved, GiB"), Column("tries"), Column("search, s"),
     )  # fmt: skip
     table = Table("Largest batch whose whole training step fits, as find_batch found it", heads, lines, starts)
-    return Section("Largest batch", [stated(found, beside=(*columns(found), "batch")), *_largest_picture(found, named, unit), table])
+    return Section("Largest batch", [_settings(found), *_largest_picture(found, named, unit), table])
 
 
 def _largest_picture(found: Sequence[Group], named: Mapping[str, str], unit: str) -> list[Block]:
@@ -169,14 +189,16 @@ def throughput_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section
         heads = _columns(
             titles, Column("batch", decimals=0), Column("step, ms"), Column("samples/s"),
             Column("÷ naive", decimals=2, suffix="×"), Column("real tokens/s", decimals=0), Column("allocated, GiB"),
-            Column("less memory", decimals=2, suffix="×"), Column("reserved, GiB"), Column("process, GiB"), Column("runs"),
+            Column("less memory", decimals=2, suffix="×"), Column("reserved, GiB"), Column("process, GiB"),
+            Column("runs"),
         )  # fmt: skip
-        section.blocks += [stated(found, beside=(*columns(found), "batch")), Table(f"{caption}: throughput and peak memory", heads, lines, starts)]
+        table = Table(f"{caption}: throughput and peak memory", heads, lines, starts)
+        section.blocks += [_settings(found), table]
     if not section.blocks:
         return None
     section.blocks.append(
-        "Samples are queries with their documents; tokens are real ones, without padding. Warm-up and compilation are left"
-        " out. Allocated is what live tensors took at the peak, reserved what the allocator took from the device; "
+        "Samples are queries with their documents; tokens are real ones, without padding. Warm-up and compilation are"
+        " left out. Allocated is what live tensors took at the peak, reserved what the allocator took from the device; "
         "less memory: the naive head's divided by this one's."
     )
     return section
@@ -233,17 +255,17 @@ def _parts_blocks(found: Sequence[Group], named: Mapping[str, str], name: str, w
     for group, where in zip(found, names(found), strict=True):
         for label, entry in entries(group, named).items():
             if entry.parts and entry.samples:
-                bar = f"{where}\n{label}, batch {plain(entry.batch)}" if where else f"{label}, batch {plain(entry.batch)}"
+                bar = (f"{where}\n" if where else "") + f"{label}, batch {plain(entry.batch)}"
                 split = {part: value / entry.samples for part, value in entry.parts.items()}
                 bars.append((bar, split, f"head {split['head'] / sum(split.values()):.0%}"))
     if not bars:
-        return [stated(found, beside=(*columns(found), "batch")), table]
+        return [_settings(found), table]
     said = "; ".join(f"{bar.replace(chr(10), ', ')}: {sum(s.values()):.3g} ms, {note}" for bar, s, note in bars[:BARS])
     caption = f"Milliseconds of a training step for one sample, {what}; beside each bar the head's share."
     if len(bars) > BARS:
         caption += f" The first {BARS} of {len(bars)}; all are in the table."
     drawing = figures.parts(bars[:BARS], "ms of a step for one sample")
-    return [stated(found, beside=(*columns(found), "batch")), Picture(name, caption, f"Stacked bars. {said}.", drawing), table]
+    return [_settings(found), Picture(name, caption, f"Stacked bars. {said}.", drawing), table]
 
 
 def warm_up_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:

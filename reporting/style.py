@@ -90,4 +90,5 @@ def legend(figure: Figure, axes: Sequence[Any]) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(len(found), 5), handlelength=3)
+        where = {"loc": "outside lower center", "ncols": min(len(found), 5)}
+        figure.legend(found.values(), found.keys(), handlelength=3, **where)

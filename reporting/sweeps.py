@@ -1,4 +1,4 @@
-"""Sections with lines: memory and throughput against batch size, against the longest document, against the vocabulary."""
+"""Sections with lines: memory and throughput against batch size, longest document and vocabulary."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _tries(runs: Sequence[Run], named: Mapping[str, str]) -> list[Block]:
             panels.append(Panel(where, points, {}, f"batch, {unit}", "peak reserved, GiB"))
     if not panels:
         return []
-    caption = f"Peak memory of every batch that find_batch tried and that fit."
+    caption = "Peak memory of every batch that find_batch tried and that fit."
     alt = "Peak reserved memory against batch size, from find_batch. " + " ".join(map(_said, panels))
     return [Picture("tries", caption, alt, figures.lines(panels))]
 

@@ -34,7 +34,8 @@ def read_project(source: str, api: Any = None) -> list[Run]:
         found = [_read(run) for run in runs]
     except Exception as error:  # noqa: BLE001 - wandb has errors of its own, of its transport and plain ones
         line = " ".join(str(error).split())[:200]
-        raise ValueError(f"wandb:{source}: could not be read ({line}); see that it exists and that a key opens it") from error
+        message = f"wandb:{source}: could not be read ({line}); see that it exists and that a key opens it"
+        raise ValueError(message) from error
     if not found:
         raise ValueError(f"wandb:{source}: expected runs of train.py, found none; see the project's page")
     return found

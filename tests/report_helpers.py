@@ -12,6 +12,7 @@ MACHINE = {
     "device": "a card", "python_version": "3.12", "torch_version": "2.11", "triton_version": "3.6", "commit": "abc",
     "date": "2026-01-02T03:04:05+00:00",
 }  # fmt: skip
+FULL = {"status": "failed", "error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 7.00 GiB. GPU 0 has"}
 PARTS = {"backbone": 0.5, "head": 0.3, "loss": 0.05, "optimizer": 0.1, "other": 0.05}
 
 
@@ -71,8 +72,7 @@ def write_study(root: Path) -> Path:
     for head, fast, mode in (("naive", 1, "padded"), ("sparton", 5, "varlen")):
         for batch in (8, 16, 32):
             if head == "naive" and batch == 32:
-                full = {"status": "failed", "error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 7.00 GiB."}
-                write_run(root / f"batch/{head}{batch}", head, full, changes={"batch.size": batch})
+                write_run(root / f"batch/{head}{batch}", head, FULL, changes={"batch.size": batch})
                 continue
             timed = speed(batch, 100 * fast, 1024 * batch / fast) | {"packed": mode}
             write_run(root / f"batch/{head}{batch}", head, timed, changes={"batch.size": batch})

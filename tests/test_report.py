@@ -1,4 +1,4 @@
-"""report.py: ratios against numbers computed by hand, what is never compared, failures in words, pages, wrong inputs."""
+"""report.py: ratios against numbers computed by hand, what is never compared, failures in words, wrong inputs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_largest_batch(built):
 
 
 def test_throughput_and_memory_at_the_same_batch(built):
-    rows = [r for r in table(built, "At the same batch") if (r["longest document"], r["vocabulary"]) == ("512", "250,002")]
+    rows = table(built, "At the same batch")
+    rows = [row for row in rows if (row["longest document"], row["vocabulary"]) == ("512", "250,002")]
     seen = {(row["head"], row["batch"]): row for row in rows}
     fused, naive = seen["sparton (varlen)", "16"], seen["naive (padded)", "16"]
     assert [float(row["samples/s"]) for row in (naive, fused)] == [100, 500] and fused["÷ naive"] == "5.00×"
@@ -73,7 +74,8 @@ def test_parts_of_a_step_and_the_warm_up(built):
 def test_quality_over_seeds(built):
     naive, fused = table(built, "Quality on the test split")
     # 0.82, 0.84, 0.86 against 0.01 more each: a deviation of 0.02 on both sides allows 0.04
-    assert (naive["nDCG@10"], naive["sd"], fused["− naive"], fused["allowed"]) == ("0.840", "0.0200", "+0.0100", "0.0400")
+    assert (naive["nDCG@10"], naive["sd"]) == ("0.840", "0.0200")
+    assert (fused["− naive"], fused["allowed"]) == ("+0.0100", "0.0400")
     assert fused["verdict"] == "equal" and "BM25" in naive
     assert any("over 3 seeds is equal within the spread of the seeds (+0.0100" in line for line in built.findings)
     assert [row["language"] for row in table(built, "nDCG@10 by language")] == ["de", "de", "en", "en"]
@@ -109,7 +111,8 @@ def test_settings_stand_beside_the_figures(built):
 
 
 @pytest.mark.parametrize(
-    "other", [{"summary": {"device": "another card"}}, {"changes": {"optimizer.lr": 2e-3}}, {"changes": {"batch.size": 9}}]
+    "other",
+    [{"summary": {"device": "another card"}}, {"changes": {"optimizer.lr": 2e-3}}, {"changes": {"batch.size": 9}}],
 )
 def test_what_differs_is_never_set_against_each_other(tmp_path, other):
     write_run(tmp_path / "naive", "naive", speed(8, 100, 100))
@@ -126,7 +129,8 @@ def test_seeds_are_averaged_and_commits_named(tmp_path):
         write_run(tmp_path / f"s{seed}", "sparton", speed(8, 2 * samples, 100) | {"commit": f"c{seed}"}, seed=seed)
     page = build(*read_runs([tmp_path]))
     rows = table(page, "At the same batch")
-    assert [(row["samples/s"], row["÷ naive"], row["runs"]) for row in rows] == [("200", "1.00×", "2"), ("400", "2.00×", "2")]
+    assert [(row["samples/s"], row["÷ naive"]) for row in rows] == [("200", "1.00×"), ("400", "2.00×")]
+    assert [row["runs"] for row in rows] == ["2", "2"]
     assert blocks(page, Settings)[0].note == "Runs of several commits are compared here: abc, c1, c2."
 
 
@@ -158,7 +162,8 @@ def test_commands_join_sweeps_and_hide_local_paths(tmp_path):
 
 
 def test_numbers_and_looks():
-    shown = Table("", [Column("x"), Column("r", suffix="×"), Column("none")], [[1234.5, 0.5, None], [0.0004, 41.26, None]])
+    columns = [Column("x"), Column("r", suffix="×"), Column("none")]
+    shown = Table("", columns, [[1234.5, 0.5, None], [0.0004, 41.26, None]])
     assert [column.title for column in shown.columns] == ["x", "r"]  # an empty column is left out
     assert shown.cells() == [["1,234", "0.5×"], ["0.0004", "41.3×"]]
     assert (ratio(39.96), ratio(0.5), ratio(8.06)) == ("40.0×", "0.5×", "8.1×")
@@ -231,8 +236,9 @@ def wandb_run(name, head, samples, state="finished", group="g"):
     config = {"seed": 1, "head": {"name": head}, "batch": {"size": 8}, "model": {"name_or_path": "xlmr"}, "_wandb": {}}
     history = [{"trainer/global_step": step, "train/loss": 2.0 - step} for step in range(2)]
     return SimpleNamespace(
-        name=name, config=config, state=state, group=group, created_at="2026-01-02T00:00:00Z", summary=speed(8, samples, 99),
-        metadata={"gpu": "a card", "python": "CPython 3.12", "git": {"commit": "abc"}}, scan_history=lambda keys: history,
+        name=name, config=config, state=state, group=group, created_at="2026-01-02T00:00:00Z",
+        summary=speed(8, samples, 99), scan_history=lambda keys: history,
+        metadata={"gpu": "a card", "python": "CPython 3.12", "git": {"commit": "abc"}},
     )  # fmt: skip
 
 
@@ -245,7 +251,7 @@ def test_a_wandb_project():
     rows = table(build(runs), "At the same batch")
     assert [(row["head"], row["÷ naive"]) for row in rows] == [("naive", "1.00×"), ("tiled", "–"), ("sparton", "2.50×")]
     assert [run.name for run in read_project("me/heads/g", api)] == ["one", "two"]
-    with pytest.raises(ValueError, match=r"wandb:me/typo: could not be read \(Could not find project me/typo or no acc"):
+    with pytest.raises(ValueError, match=r"wandb:me/typo: could not be read \(Could not find project me/typo or"):
         read_project("me/typo", api)
     with pytest.raises(ValueError, match="found none"):
         read_project("me/heads/other", api)

@@ -1,4 +1,4 @@
-"""The report's pages as a reader gets them: complete, without a network, in a real browser, wide, narrow and on paper."""
+"""The report's pages as a reader gets them: without a network, in a real browser, wide, narrow and on paper."""
 
 from __future__ import annotations
 

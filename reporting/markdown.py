@@ -16,8 +16,8 @@ def markdown(report: Report) -> str:
         parts.append(_list(report.findings))
     for section in report.sections:
         parts.append(f"## {section.title}")
-        parts += [_block(block) for block in section.blocks if block]
-    return "\n\n".join(parts) + "\n"
+        parts += [_block(block) for block in section.blocks]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _block(block: Block) -> str:

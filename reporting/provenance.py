@@ -59,7 +59,7 @@ def _said(run: Run) -> str | None:
     return hide_paths(" ".join(run.overrides)) or None
 
 
-def machine_section(runs: Sequence[Run]) -> Section:
+def machine_section(runs: Sequence[Run]) -> Section | None:
     """Devices, versions, commits and dates, each combination once."""
     found: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
@@ -77,7 +77,7 @@ def machine_section(runs: Sequence[Run]) -> Section:
         section.blocks.append(Table("What the runs ran on", columns, lines))
     if lines := commands(runs):
         section.blocks += ["How to run them again; paths of the machine are left out:", Commands(lines)]
-    return section
+    return section if section.blocks else None
 
 
 def _commit(value: Any) -> str | None:
@@ -125,11 +125,11 @@ def all_runs_section(runs: Sequence[Run]) -> Section:
         Column("run", False), Column("status", False), Column("model", False), Column("head", False),
         Column("backbone", False), Column("data", False), Column("vocabulary", decimals=0),
         Column("longest document", decimals=0), Column("precision", False), Column("checkpointing", False),
-        Column("batch", decimals=0), Column("seed", decimals=0), Column("FLOPS weight", False), Column("step, ms"), Column("samples/s"),
-        Column("peak, GiB"), Column("nDCG@10", decimals=3), Column("dims doc"),
+        Column("batch", decimals=0), Column("seed", decimals=0), Column("FLOPS weight", False), Column("step, ms"),
+        Column("samples/s"), Column("peak, GiB"), Column("nDCG@10", decimals=3), Column("dims doc"),
     ]  # fmt: skip
     # What is the same in all runs stands at the top of the page.
     same = [i for i in range(2, len(columns)) if len(runs) > 1 and len({repr(line[i]) for line in lines}) == 1]
     lines = [[cell for i, cell in enumerate(line) if i not in same] for line in lines]
     kept = [column for i, column in enumerate(columns) if i not in same]
-    return Section("All runs", [Table(f"All {len(runs)} runs", kept, lines)])
+    return Section("All runs", [Table("Every run", kept, lines)])

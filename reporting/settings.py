@@ -147,7 +147,7 @@ def values(group: Group) -> dict[str, Any]:
     """The settings that all runs of a group share, by title; a number where the setting is one."""
     found = {}
     for title, read in SETTINGS.items():
-        told = {repr(value): value for value in map(read, group.runs) if value is not None}
+        told = {repr(value): value for value in map(read, group.runs) if value not in (None, "unknown")}
         if len(told) == 1 and told.keys() != {"''"}:
             found[title] = next(iter(told.values()))
     return found

@@ -85,8 +85,8 @@ def test_what_counts_as_out_of_memory(error, spent):
 
 
 def test_the_costliest_batch():
-    lengths = [np.array([3, 1, 1, 1, 9, 1, 6, 6, 1, 1])]
-    order = EpochOrder([10], [10], seed=1)
+    lengths = [np.array([5, 1, 5, 1, 9, 1, 5, 5, 1, 1])]
+    order = EpochOrder([10], [10], seed=2)
     plan = BatchPlan(order, 3, None, lengths)
     tokens = [[int(lengths[0][index]) for _, index in members] for members in plan.batches(0)]
     by_tokens, by_longest = plan.costliest(padded=False), plan.costliest(padded=True)
@@ -123,17 +123,20 @@ def test_a_run_with_the_finder_is_the_run_with_the_batch_it_found(folder, tmp_pa
     assert losses(tmp_path / "found") == losses(tmp_path / "given") != {}
     first, second = (torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True)
                      for run in ("found", "given"))  # fmt: skip
+    for state in (first, second):
+        assert state["resume_state"]["random"][0]["numpy"].pop("name") == "MT19937"  # assert_close takes no text
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "resume_state", "global_step"):
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
 
 
 def test_a_budget_of_tokens_up_to_the_whole_epoch(folder, tmp_path, monkeypatch, capsys):
     spend_memory_above(1000, monkeypatch)
-    budget = ["batch.tokens=700", "batch.size=null", "find_batch=true", f"data.path={folder}", "callbacks=none"]
+    budget = ["batch.tokens=1000", "batch.size=null", "find_batch=true", f"data.path={folder}", "callbacks=none"]
+    budget += ["data.title_pairs=0", "trainer.max_steps=1", "trainer.val_check_interval=1"]
     train.train(configuration(tmp_path, *RUN, *budget))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert "find_batch/failed" not in summary and "find_batch/size" not in summary
-    assert summary["find_batch/tokens"] > 2000
+    assert summary["find_batch/tokens"] > 1000
     printed = capsys.readouterr().out
     assert "all that an epoch has" in printed and " 1 batches an epoch" in printed
 

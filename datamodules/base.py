@@ -166,7 +166,7 @@ class RetrievalDataModule(LightningDataModule, ABC):
         self.setup("fit")
         order = self._plan.order
         if self.batch_tokens is None:
-            return len(order) // self._world_size
+            return max(1, len(order) // self._world_size)
         expected = sum(count * lengths.mean() for count, lengths in zip(order.per_epoch, self._lengths, strict=True))
         return max(1, int(expected) // self._world_size)
 

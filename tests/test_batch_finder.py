@@ -22,6 +22,7 @@ from lightning_modules.callbacks import BatchFinder
 from lightning_modules.callbacks.batch_finder import TOLERANCE, largest_that_fits
 from lightning_modules.encoder import SparseEncoder
 from lightning_modules.errors import is_out_of_memory
+from lightning_modules.launch import _clean_up
 
 RUN = [
     *SMALL, "data=beir", "data.title_pairs=0.5", "logger=csv", "test.enabled=false", "trainer.max_steps=4",
@@ -215,9 +216,10 @@ def test_a_limit_on_a_gpu(head, tmp_path):
     run = [
         "model=tiny", f"head={head}", "data=synthetic", "data.size=20000", "logger=csv", "test.enabled=false",
         "calibrate.documents=0", "trainer=gpu", "trainer.max_steps=6", "trainer.val_check_interval=6", "data.val_pool=64",
-        "batch.size=16", "data.num_workers=0",
+        "batch.size=16", "data.num_workers=0", "data.query_lengths=[12]", "data.doc_lengths=[100]",  # all batches alike
     ]  # fmt: skip
     limit = 3.0
+    _clean_up(exit_code=0)
     train.train(configuration(tmp_path / "found", *run, "find_batch=true", f"batch.limit_gib={limit}"))
     summary = json.loads((tmp_path / "found/summary.json").read_text())
     assert summary["find_batch/limit_gib"] == limit
@@ -225,11 +227,11 @@ def test_a_limit_on_a_gpu(head, tmp_path):
     assert summary["find_batch/peak_allocated_mib"] <= summary["find_batch/peak_reserved_mib"] <= limit * 1024
     assert summary["perf/peak_mem_reserved_mib"] <= limit * 1024
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.empty_cache()
+    _clean_up(exit_code=0)
     torch.cuda.set_per_process_memory_fraction(limit * 2**30 / total)
     try:
         train.train(configuration(tmp_path / "fits", *run, f"batch.size={summary['find_batch/size']}"))
-        torch.cuda.empty_cache()
+        _clean_up(exit_code=0)
         with pytest.raises(torch.OutOfMemoryError):
             train.train(configuration(tmp_path / "fails", *run, f"batch.size={summary['find_batch/failed']}"))
     finally:

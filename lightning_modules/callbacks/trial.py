@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import time
 from contextlib import ExitStack
@@ -37,7 +36,8 @@ class Trials:
 
     Used as a context manager around all tries. Callbacks and loggers hear nothing of them. After each try and at the
     end everything that a step changes is what it was, bit for bit: weights and buffers (kept on the CPU meanwhile),
-    random states, the gradient scaler. At the end optimizer and scheduler are new ones, as the strategy sets them up.
+    random states. At the end optimizer and scheduler are new ones, as the strategy sets them up. In float16 the tries
+    don't scale: a scaler that meets an infinity would leave out the step that allocates the optimizer's states.
 
     A try calls the LightningModule itself, not what the strategy wraps around it, and sums of the losses stay local:
     a process that runs out of memory leaves no other one waiting. DDP's buckets are there before the first try, and
@@ -63,22 +63,26 @@ class Trials:
         ]
         self._random = get_random_states()
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if self._scaler is not None:
+            trainer.precision_plugin.scaler = None
         self._callbacks, trainer.callbacks = trainer.callbacks, []
         module.log = module.log_dict = lambda *args, **kwargs: None
         self._exit.enter_context(local_sums())
+        self._free()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._exit.close()
         del self.module.log, self.module.log_dict
         self.trainer.callbacks = self._callbacks
+        if self._scaler is not None:
+            self.trainer.precision_plugin.scaler = self._scaler
         self._restore()
         self.trainer.strategy.setup_optimizers(self.trainer)
 
     def run(self, batch: TrainBatch) -> Outcome:
         """Takes ``STEPS`` training steps on a batch; errors other than of memory are raised."""
         device, failure = self.module.device, None
-        self._free()
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -104,8 +108,6 @@ class Trials:
     def _steps(self, batch: TrainBatch) -> None:
         """Steps as Lightning's loop takes them: gradients of the last step live until the next backward pass."""
         module, trainer, strategy = self.module, self.trainer, self.trainer.strategy
-        if self._scaler is not None:
-            trainer.precision_plugin.scaler = copy.deepcopy(self._scaler)
         strategy.setup_optimizers(trainer)
         (optimizer,) = strategy.optimizers
         batch = strategy.batch_to_device(batch)
@@ -131,8 +133,6 @@ class Trials:
             parameter.copy_(kept)
         for owner, name, buffer, kept in self._buffers:
             setattr(owner, name, buffer.copy_(kept))
-        if self._scaler is not None:
-            self.trainer.precision_plugin.scaler = self._scaler
         set_random_states(self._random)
 
     def _free(self) -> None:

@@ -167,7 +167,8 @@ class RetrievalDataModule(LightningDataModule, ABC):
         order = self._plan.order
         if self.batch_tokens is None:
             return max(1, len(order) // self._world_size)
-        expected = sum(count * lengths.mean() for count, lengths in zip(order.per_epoch, self._lengths, strict=True))
+        counted = zip(order.per_epoch, self._lengths, strict=True)
+        expected = sum(count * lengths.mean() for count, lengths in counted if count)
         return max(1, int(expected) // self._world_size)
 
     def set_batch(self, amount: int) -> None:

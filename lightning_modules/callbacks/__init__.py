@@ -1,5 +1,6 @@
 """Callbacks and loggers of a training run, one per file."""
 
+from lightning_modules.callbacks.batch_finder import BatchFinder
 from lightning_modules.callbacks.checkpoint import SafeCheckpoint
 from lightning_modules.callbacks.collapse import CollapseAlarm
 from lightning_modules.callbacks.expansions import ExpansionTable
@@ -10,6 +11,7 @@ from lightning_modules.callbacks.resume import ResumeState
 from lightning_modules.callbacks.throughput import Throughput
 
 __all__ = [
+    "BatchFinder",
     "CollapseAlarm",
     "ExpansionTable",
     "MetricsCSV",

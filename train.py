@@ -25,7 +25,7 @@ def build(cfg: DictConfig) -> tuple[SparseRetriever, L.LightningDataModule, L.Tr
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
-    callbacks = list(instantiate(cfg.callbacks).values())
+    callbacks = [callback for callback in instantiate(cfg.callbacks).values() if callback is not None]
     trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=loggers)
     encoder = instantiate(cfg.model, head=resolve_head(cfg.head.name, trainer.strategy.root_device))
     tokenizers = {"tokenize_query": encoder.query_tokenizer, "tokenize_doc": encoder.doc_tokenizer}
@@ -75,8 +75,8 @@ def train(cfg: DictConfig) -> None:
     best = load_best(module, trainer)
     if collection:
         rows["trained"], _ = evaluate_collection(encoder, collection, output_dir=output_dir, **settings)
-    export_model(encoder, output_dir / "model")
-
+    if cfg.export:
+        export_model(encoder, output_dir / "model")
     prefix = {"BM25": "bm25/test/", "untrained": "untrained/test/", "trained": "test/"}
     summary = {prefix[row] + name: value for row, figures in rows.items() for name, value in figures.items()}
     figures = trainer.callback_metrics.items()  # as the last validation left them

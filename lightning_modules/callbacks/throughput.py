@@ -15,7 +15,8 @@ class Throughput(StepClock):
     Steps, warm-up and reading are those of :class:`StepClock`. Tokens are the real ones, without padding: those pooled
     into the representations. They come from shapes that the host knows (``batch.query.pool_index.numel()``), not from
     ``cu_seqlens``, which lies on the device. A sample is a query with its documents, ``perf/batch_size`` of them a step
-    on average, with ``perf/real_tokens_per_batch``. A step is one batch also where gradients are accumulated over several.
+    on average, with ``perf/real_tokens_per_batch``, and ``perf/padded_tokens_per_batch`` where each side is padded to its
+    longest text (packed runs never make those). A step is one batch also where gradients are accumulated over several.
 
     The warm-up, in which kernels compile, is left out of these and reported on its own, in the summary only:
     ``perf/first_step_s`` and ``perf/warmup_s``, from the start of the first batch. A head that counts its graphs
@@ -70,14 +71,15 @@ class Throughput(StepClock):
         if count is not None:
             self._graphs.append(count)
 
-    def _take(self, batch: Any) -> tuple[int, int]:
-        return batch.query.pool_index.numel() + batch.doc.pool_index.numel(), batch.query.input_ids.shape[0]
+    def _take(self, batch: Any) -> tuple[int, int, int]:
+        real = batch.query.pool_index.numel() + batch.doc.pool_index.numel()
+        return real, batch.query.input_ids.shape[0], batch.query.input_ids.numel() + batch.doc.input_ids.numel()
 
-    def _add(self, start: Mark, end: Mark, taken: tuple[int, int]) -> tuple[float, ...]:
+    def _add(self, start: Mark, end: Mark, taken: tuple[int, int, int]) -> tuple[float, ...]:
         return (start.elapsed_time(end), *taken)
 
     def _figures(self, steps: int, sums: tuple[float, ...]) -> dict[str, float]:
-        milliseconds, tokens, samples = sums
+        milliseconds, tokens, samples, padded = sums
         seconds = max(milliseconds, 1e-6) / 1e3
         return {
             "perf/step_ms": milliseconds / steps,
@@ -85,4 +87,5 @@ class Throughput(StepClock):
             "perf/samples_per_sec": samples / seconds,
             "perf/batch_size": samples / steps,
             "perf/real_tokens_per_batch": tokens / steps,
+            "perf/padded_tokens_per_batch": padded / steps,
         }

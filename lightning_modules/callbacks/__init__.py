@@ -8,6 +8,7 @@ from lightning_modules.callbacks.memory import PeakMemory
 from lightning_modules.callbacks.metrics_csv import MetricsCSV
 from lightning_modules.callbacks.progress import SparsityProgressBar
 from lightning_modules.callbacks.resume import ResumeState
+from lightning_modules.callbacks.step_parts import StepParts
 from lightning_modules.callbacks.throughput import Throughput
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "ResumeState",
     "SafeCheckpoint",
     "SparsityProgressBar",
+    "StepParts",
     "Throughput",
 ]

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_modules.callbacks.checkpoint import load_best
 from lightning_modules.encoder import resolve_head
 from lightning_modules.launch import environment, main, resolve_precision, write_summary
 from lightning_modules.packed import training_dtype
 from lightning_modules.retriever import SparseRetriever
+from lightning_modules.summary import training_figures
 from retrieval.evaluate import evaluate_bm25, evaluate_collection
 from retrieval.export import export_model
 from retrieval.report_table import results_table
@@ -25,7 +26,7 @@ def build(cfg: DictConfig) -> tuple[SparseRetriever, L.LightningDataModule, L.Tr
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
-    callbacks = list(instantiate(cfg.callbacks).values())
+    callbacks = [callback for callback in instantiate(cfg.callbacks).values() if callback is not None]
     trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=loggers)
     encoder = instantiate(cfg.model, head=resolve_head(cfg.head.name, trainer.strategy.root_device))
     tokenizers = {"tokenize_query": encoder.query_tokenizer, "tokenize_doc": encoder.doc_tokenizer}
@@ -41,20 +42,12 @@ def build(cfg: DictConfig) -> tuple[SparseRetriever, L.LightningDataModule, L.Tr
     return module, datamodule, trainer
 
 
-def load_best(module: SparseRetriever, trainer: L.Trainer) -> str | None:
-    """Puts the weights of the best checkpoint (by the validation pool) into the module; None where there is none."""
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not path:
-        return None
-    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
-    return path
-
-
 def train(cfg: DictConfig) -> None:
     """One run, from an instantiated configuration to ``summary.json``, ``model/`` and the table of results."""
     L.seed_everything(cfg.seed, workers=True)
-    output_dir, console = Path(cfg.paths.output_dir), Console()
+    output_dir = Path(cfg.paths.output_dir)
     module, datamodule, trainer = build(cfg)
+    leads, console = trainer.is_global_zero, Console(quiet=not trainer.is_global_zero)
     encoder, device = module.encoder, trainer.strategy.root_device
     packing = encoder.packing(device, training_dtype(trainer.precision), training=True)
     name, head = cfg.model.name_or_path, encoder.head_name
@@ -65,24 +58,24 @@ def train(cfg: DictConfig) -> None:
         encoder.to(device).calibrate(datamodule.train_documents(cfg.calibrate.documents), cfg.calibrate.quantile)
 
     split = cfg.test.split or datamodule.test_split
-    collection, rows = datamodule.collection if cfg.test.enabled and split else None, {}
+    collection, rows = datamodule.collection if cfg.test.enabled and split and leads else None, {}
     settings = {"split": split, "batch_size": cfg.test.batch_size, "device": device}
     if collection:
         rows["BM25"], _ = evaluate_bm25(collection, split)
         if cfg.test.untrained:
             rows["untrained"], _ = evaluate_collection(encoder, collection, **settings)
     trainer.fit(module, datamodule, ckpt_path=cfg.ckpt_path)
+    if not leads:  # what follows is done once, by the first process
+        return
     best = load_best(module, trainer)
     if collection:
         rows["trained"], _ = evaluate_collection(encoder, collection, output_dir=output_dir, **settings)
-    export_model(encoder, output_dir / "model")
+    if cfg.export:
+        export_model(encoder, output_dir / "model")
 
     prefix = {"BM25": "bm25/test/", "untrained": "untrained/test/", "trained": "test/"}
     summary = {prefix[row] + name: value for row, figures in rows.items() for name, value in figures.items()}
-    figures = trainer.callback_metrics.items()  # as the last validation left them
-    summary |= {name: float(value) for name, value in figures if name.startswith("val_pool/")}
-    for callback in trainer.callbacks:
-        summary |= callback.summary() if hasattr(callback, "summary") else {}
+    summary |= training_figures(trainer)
     summary |= {"status": "finished", "head": head, "packed": packing.mode, "best_checkpoint": best} | environment()
     write_summary(output_dir, summary)
     for logger in trainer.loggers:

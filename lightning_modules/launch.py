@@ -23,48 +23,80 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightning_modules.environment import environment, resolve_precision
+from lightning_modules.errors import chain, drop_frames
 from lightning_modules.overrides import check_overrides, one_line
 from lightning_modules.resolvers import CONF, register_resolvers
 from lightning_modules.summary import write_summary
+from lightning_modules.sweeps import (
+    INTERRUPTED,
+    JobError,
+    failures_elsewhere,
+    note_failure,
+    read_objective,
+    refuse_torchrun,
+    run_apart,
+    several_processes,
+)
 
 __all__ = ["environment", "main", "resolve_precision", "write_summary"]
 
 # Their messages say everything; any other error is named by its class too.
 SPEAKING_ERRORS = (ValueError, TypeError, OSError, HydraException)
-INTERRUPTED = 130
 SHOW_TRACEBACK = "SPARTON_TRACEBACK"
 
 
 @dataclass
 class _Jobs:
-    """Runs the task once for each job and remembers which ones failed."""
+    """Runs the task once for each job and remembers which ones failed.
+
+    A launcher may run jobs in processes of their own (joblib, submitit): what they need travels in the fields, and
+    failures come back in the sweep's folder.
+    """
 
     task: Callable[[DictConfig], None]
+    arguments: tuple[str, ...] = field(default_factory=lambda: (os.path.abspath(sys.argv[0]), *sys.argv[1:]))
     failures: list[str] = field(default_factory=list)
 
-    def __call__(self, cfg: DictConfig) -> None:
-        """Runs one job; an error is recorded in the job's folder and raised no further, an interrupt is."""
+    def __call__(self, cfg: DictConfig) -> float | None:
+        """Runs one job; an error is recorded in the job's folder and raised no further, an interrupt is.
+
+        Returns:
+            The figure that a search goes by: ``objective`` of the configuration, in ``summary.json``; None without.
+        """
         settings = HydraConfig.get()
         folder = Path(settings.runtime.output_dir)
         failed, interrupted = False, False
         try:
-            self.task(cfg)
+            if settings.mode == RunMode.MULTIRUN and several_processes(cfg):
+                run_apart(self.arguments[0], settings)
+            else:
+                self.task(cfg)
         except (Exception, SystemExit) as error:
             interrupted = _is_interrupt(error)
             failed = not interrupted
             if failed:
-                line = _record_failure(folder, error)
-                self.failures.append(_job_name(settings) + line)
-            _drop_frames(error)
+                line = str(error) if isinstance(error, JobError) else _record_failure(folder, error)
+                self._remember(line, settings)
+            drop_frames(error)
         except KeyboardInterrupt as error:
             interrupted = True
-            _drop_frames(error)
+            drop_frames(error)
         # Outside of the except blocks: there the error, and with it every tensor of its frames, would still be alive.
         if interrupted:
             _write(folder, {"status": "interrupted"} | environment())
         _clean_up(exit_code=INTERRUPTED if interrupted else int(failed))
         if interrupted:
             raise KeyboardInterrupt
+        return None if failed else read_objective(cfg, folder)
+
+    def _remember(self, line: str, settings: DictConfig) -> None:
+        """Keeps the line for the terminal: here, and for a sweep in its folder, which other processes can read too."""
+        if settings.mode != RunMode.MULTIRUN:
+            self.failures.append(line)
+            return
+        own = ",".join(override for override in settings.overrides.task if override not in self.arguments)
+        self.failures.append(f"job {settings.job.num} ({own}) failed: {line}")
+        note_failure(Path(settings.sweep.dir), self.failures[-1])
 
 
 def main(task: Callable[[DictConfig], None], config_name: str) -> None:
@@ -87,6 +119,8 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
         arguments = get_args_parser().parse_args()
         if not (arguments.help or arguments.hydra_help or arguments.config_dir):
             check_overrides(CONF, arguments.config_name or config_name, arguments.overrides)
+        if arguments.multirun:
+            refuse_torchrun()
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(jobs)()
     except KeyboardInterrupt:
         _leave(["interrupted"], INTERRUPTED)
@@ -94,8 +128,9 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
         if os.environ.get(SHOW_TRACEBACK) == "1":
             traceback.print_exc()
         _leave([_describe(error)], 1)
-    if jobs.failures:
-        _leave(jobs.failures, 1)
+    failures = jobs.failures + [line for line in failures_elsewhere() if line not in jobs.failures]
+    if failures:
+        _leave(failures, 1)
 
 
 def _quieten() -> None:
@@ -104,14 +139,6 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning 2.6 calls what torch 2.13 renamed: nothing that a user could change.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-
-
-def _job_name(settings: DictConfig) -> str:
-    """Which job of a sweep, with what it does not share with the others; empty for a single run, which has no number."""
-    if settings.mode != RunMode.MULTIRUN:
-        return ""
-    own = ",".join(override for override in settings.overrides.task if override not in sys.argv)
-    return f"job {settings.job.num} ({own}) failed: "
 
 
 def _leave(lines: list[str], status: int) -> NoReturn:
@@ -123,19 +150,7 @@ def _leave(lines: list[str], status: int) -> NoReturn:
 
 def _is_interrupt(error: BaseException) -> bool:
     """Whether Ctrl-C is behind it: Lightning turns that into a SystemExit raised while handling KeyboardInterrupt."""
-    return isinstance(error, SystemExit) and any(isinstance(e, KeyboardInterrupt) for e in _chain(error))
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what it was raised from or while handling."""
-    found: list[BaseException] = []
-    pending: list[BaseException | None] = [error]
-    while pending:
-        current = pending.pop()
-        if current is not None and current not in found:
-            found.append(current)
-            pending += [current.__cause__, current.__context__]
-    return found
+    return isinstance(error, SystemExit) and any(isinstance(e, KeyboardInterrupt) for e in chain(error))
 
 
 def _describe(error: BaseException) -> str:
@@ -170,14 +185,6 @@ def _write(folder: Path, summary: dict[str, str | None]) -> None:
         write_summary(folder, summary)
     except OSError as problem:
         print(f"summary.json could not be written: {one_line(problem)}", file=sys.stderr)
-
-
-def _drop_frames(error: BaseException) -> None:
-    """Empties the frames that the error and its causes hold, so that their tensors can be freed."""
-    for link in _chain(error):
-        traceback.clear_frames(link.__traceback__)
-        link.__traceback__ = None
-        link.__cause__ = link.__context__ = None
 
 
 def _clean_up(exit_code: int) -> None:

@@ -54,7 +54,9 @@ def _is_hydras(override: Override) -> bool:
 
 
 def _values(override: Override) -> list[str]:
-    """The override's value, or each value of its sweep, as written."""
+    """The override's value, or each value of its sweep (the ends, where it is an interval), as written."""
+    if override.is_interval_sweep():
+        return [str(end) for end in (override.value().start, override.value().end)]
     if override.is_sweep_override():
         return list(override.sweep_string_iterator())
     return [override.get_value_element_as_str()] if override.value() is not None else ["null"]

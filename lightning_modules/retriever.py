@@ -109,7 +109,8 @@ class SparseRetriever(L.LightningModule):
         query, doc = (sp.vstack(pieces[side], format="csr") for side in SIDES)
         run = ranked_run(*search(query, doc, k=100), data.val_query_ids, data.val_doc_ids)
         figures = measure(data.val_qrels, run) | sparsity(query, doc)
-        self.log_dict({f"val_pool/{name}": value for name, value in figures.items()})
+        # Each process has searched the whole pool: their mean is each one's figure.
+        self.log_dict({f"val_pool/{name}": value for name, value in figures.items()}, sync_dist=True)
 
     def configure_gradient_clipping(
         self,

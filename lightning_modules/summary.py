@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning import Trainer
+
 
 def write_summary(output_dir: str | Path, summary: Mapping[str, Any]) -> Path:
     """Writes ``summary.json`` in one step, so that a reader finds the old file or the whole new one.
@@ -30,6 +32,14 @@ def write_summary(output_dir: str | Path, summary: Mapping[str, Any]) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def training_figures(trainer: Trainer) -> dict[str, Any]:
+    """What a finished fit leaves: the last validation, the callbacks' own summaries, the number of processes."""
+    figures = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val_pool/")}
+    for callback in trainer.callbacks:
+        figures |= callback.summary() if hasattr(callback, "summary") else {}
+    return figures | {"world_size": trainer.world_size}
 
 
 def _plain(name: str, value: Any) -> str | bool | int | float | None:

@@ -31,11 +31,11 @@ class Group:
 
 
 def groups(runs: Iterable[Run], free: Sequence[str]) -> list[Group]:
-    """Puts together what can be compared, in the order of the runs; never runs of two devices or memory limits."""
+    """Puts together what can be compared, in the order of the runs; never runs of two devices."""
     found: dict[object, list[Run]] = {}
     for run in runs:
         fixed = sorted((name, repr(v)) for name, v in run.identity.items() if not name.startswith(tuple(free)))
-        machine = (str(run.summary.get("device")), run.number("find_batch/limit_gib"), run.batch_unit)
+        machine = (str(run.summary.get("device")), run.batch_unit)
         found.setdefault((machine, tuple(fixed)), []).append(run)
     return sorted((Group(tuple(members), tuple(free)) for members in found.values()), key=_rank)
 
@@ -105,10 +105,10 @@ def _batch(run: Run) -> str | None:
 
 
 def _limit(run: Run) -> str | None:
-    limit = run.number("find_batch/limit_gib")
-    if limit is None:
-        return None if run.searched else ""  # not all runs have this one
-    return f"{limit:.4g} GiB"
+    if not run.searched:
+        return ""  # not all runs have this one
+    limit = run.settings.get("batch.limit_gib")
+    return "the whole card" if limit is None else f"{limit:g} GiB"
 
 
 def _loss(run: Run) -> str | None:

@@ -134,14 +134,15 @@ def largest_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | 
     def read(entry: Entry, base: Entry | None) -> list[Any]:
         return [
             entry.note or entry.batch, against(entry.batch, base and base.batch),
-            entry.mean("find_batch/peak_reserved_mib", MIB), entry.mean("find_batch/tries"),
+            entry.mean("find_batch/peak_reserved_mib", MIB), entry.mean("find_batch/limit_gib"),
+            entry.mean("find_batch/tries"),
             entry.mean("find_batch/seconds"),
         ]  # fmt: skip
 
     titles, lines, starts = rows(found, named, read)
     heads = _columns(
         titles, Column(f"largest batch, {unit}", decimals=0), Column("÷ naive", decimals=2, suffix="×"),
-        Column("peak reserved, GiB"), Column("tries"), Column("search, s"),
+        Column("peak reserved, GiB"), Column("limit, GiB"), Column("tries"), Column("search, s"),
     )  # fmt: skip
     table = Table("Largest batch whose whole training step fits, as find_batch found it", heads, lines, starts)
     return Section("Largest batch", [_settings(found), *_largest_picture(found, named, unit), table])

@@ -122,7 +122,7 @@ def _tries(runs: Sequence[Run], named: Mapping[str, str]) -> list[Block]:
         lines: dict[str, dict[float, float]] = {}
         for run in group.runs:
             for row in run.tries:
-                size, peak = number(row.get("size")), number(row.get("peak_reserved_mib"))
+                size, peak = number(row.get("size") or row.get("tokens")), number(row.get("peak_reserved_mib"))
                 if size and peak and str(row.get("fits")).lower() in ("true", "1"):
                     lines.setdefault(named[run.name], {})[size] = peak / MIB
         if lines:

@@ -20,7 +20,7 @@ def configuration(head: str, changes: dict) -> OmegaConf:
     """The settings that a report reads, with interpolations as Hydra writes them."""
     data = "datamodules.synthetic.SyntheticDataModule"
     cfg = OmegaConf.create({
-        "seed": 1, "head": {"name": head}, "batch": {"size": 8, "tokens": None}, "flops_weight": 0.001,
+        "seed": 1, "head": {"name": head}, "batch": {"size": 8, "tokens": None, "limit_gib": None}, "flops_weight": 0.001,
         "find_batch": False, "paths": {"output_dir": "${hydra:runtime.output_dir}"}, "ckpt_path": None,
         "model": {
             "name_or_path": "hub/xlmr", "config": {"vocab_size": 250002}, "max_doc_length": 512,
@@ -80,7 +80,7 @@ def write_study(root: Path) -> Path:
             for value in values:
                 timed = speed(8, fast * 10 * 64 / value, value / fast) | {"packed": mode}
                 write_run(root / f"{axis}/{head}{value}", head, timed, changes={f"model.{axis}": value})
-        found = {"find_batch/size": 10 if head == "naive" else 410, "find_batch/limit_gib": 80.0, "find_batch/tries": 9}
+        found = {"find_batch/size": 10 if head == "naive" else 410, "find_batch/limit_gib": 80.0 - 0.1 * fast, "find_batch/tries": 9}
         timed = speed(10, 100, 70000) if head == "naive" else speed(410, 810, 70000)
         tries = [{"size": s, "fits": True, "peak_reserved_mib": 1000 * s / fast, "error": ""} for s in (1, 2, 4)]
         write_run(root / f"find/{head}", head, timed | found | {"packed": mode}, find_batch=True, tries=tries)

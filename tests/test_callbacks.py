@@ -151,12 +151,14 @@ def test_peak_memory_within_the_warmup_has_no_summary(fit):
 def test_throughput_counts_real_tokens_after_the_warmup(fit, tmp_path):
     callback = Throughput(warmup_steps=2, log_every=2)
     fit([callback], batches=6, loggers=[MetricsCSV(str(tmp_path / "out"))])
-    steps, milliseconds, tokens, samples = callback._total
-    assert (steps, tokens, samples) == (4, 4 * 10, 4 * 2)
+    steps, milliseconds, tokens, samples, padded = callback._total
+    assert (steps, tokens, samples, padded) == (4, 4 * 10, 4 * 2, 4 * (2 * 2 + 2 * 4))
     summary = callback.summary()
     assert summary["perf/step_ms"] == pytest.approx(milliseconds / 4)
     assert summary["perf/tokens_per_sec"] == pytest.approx(40 / milliseconds * 1e3)
     assert summary["perf/samples_per_sec"] == pytest.approx(8 / milliseconds * 1e3)
+    assert (summary["perf/batch_size"], summary["perf/real_tokens_per_batch"]) == (2, 10)
+    assert 0 < summary["perf/first_step_s"] < summary["perf/warmup_s"]
     logged = [row for row in rows_of(tmp_path / "out" / "metrics.csv") if row["perf/tokens_per_sec"]]
     assert int(logged[0]["step"]) == 3
 
@@ -187,13 +189,13 @@ def test_throughput_waits_for_no_event_that_is_not_there_yet(fit, monkeypatch):
         def elapsed_time(self, end):
             return 2.0
 
-    monkeypatch.setattr("lightning_modules.callbacks.throughput._mark", lambda device: Late())
+    monkeypatch.setattr("lightning_modules.callbacks.clock.mark", lambda device: Late())
     callback = Throughput(warmup_steps=0, log_every=1)
     seen = []
-    monkeypatch.setattr(callback, "_rates", lambda sums: seen.append(sums) or {})
+    monkeypatch.setattr(callback, "_figures", lambda steps, sums: seen.append(sums) or {})
     fit([callback], batches=3)
     assert seen == []
-    assert callback._total == (3, 6.0, 30, 6)
+    assert callback._total == (3, 6.0, 30, 6, 36)
 
 
 def test_collapse_figures_by_hand(fit, tmp_path):

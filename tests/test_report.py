@@ -50,6 +50,7 @@ def test_largest_batch(built):
     assert [(row["head"], row["largest batch, queries"], row["÷ naive"]) for row in rows] == [
         ("naive (padded)", "10", "1.00×"), ("sparton (varlen)", "410", "41.00×"),
     ]  # fmt: skip
+    assert [row["limit, GiB"] for row in rows] == ["79.9", "79.5"]  # what each found free is no setting
     assert built.findings[0] == "sparton (varlen) fits 41.0× the batch of naive (padded): 410 and 10 queries."
     assert "8.1× the throughput of naive (padded): 810 and 100 samples/s" in built.findings[1]
 

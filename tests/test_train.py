@@ -90,7 +90,7 @@ def test_a_run_leaves_what_the_readme_says(folder, tmp_path, capsys):
     expected = {f"bm25/test/{name}" for name in measures}
     expected |= {f"{row}test/{name}" for row in ("", "untrained/") for name in (*measures, *sparsity)}
     expected |= {f"val_pool/{name}" for name in (*measures, *sparsity)}
-    expected |= {"perf/step_ms", "perf/tokens_per_sec"}
+    expected |= {"perf/step_ms", "perf/tokens_per_sec", "perf/batch_size", "perf/warmup_s", "perf/head_share"}
     expected.add("perf/peak_rss_mib")  # SMALL asks for the CPU
     expected |= {"perf/samples_per_sec", "status", "head", "device", "commit", "torch_version", "best_checkpoint"}
     assert expected <= summary.keys()

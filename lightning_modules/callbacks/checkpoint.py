@@ -171,6 +171,15 @@ class SafeCheckpoint(ModelCheckpoint):
             self._handler = None
 
 
+def load_best(module: LightningModule, trainer: Trainer) -> str | None:
+    """Puts the weights of the best checkpoint (by the validation pool) into the module; None where there is none."""
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not path:
+        return None
+    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    return path
+
+
 def _os_error(error: BaseException | None) -> OSError | None:
     """The OSError behind an error: torch's writer raises a RuntimeError of its own when closing a file that failed."""
     while error is not None and not isinstance(error, OSError):

@@ -1,137 +1,91 @@
-"""Tokens and samples per second and the time of a training step, without waiting for the device at each step."""
+"""Tokens and samples per second, the time of a training step, and how long the warm-up took."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from lightning_modules.callbacks.checks import check_int
+from lightning_modules.callbacks.clock import Mark, StepClock
 
 
-class HostMark:
-    """A moment on the host's clock, with the interface of a `torch.cuda.Event` that was recorded."""
+class Throughput(StepClock):
+    """Logs ``perf/step_ms``, ``perf/samples_per_sec``, ``perf/tokens_per_sec`` and the mean batch of this process.
 
-    def __init__(self) -> None:
-        self._at = time.perf_counter()
+    Steps, warm-up and reading are those of :class:`StepClock`. Tokens are the real ones, without padding: those pooled
+    into the representations. They come from shapes that the host knows (``batch.query.pool_index.numel()``), not from
+    ``cu_seqlens``, which lies on the device. A sample is a query with its documents, ``perf/batch_size`` of them a step
+    on average, with ``perf/real_tokens_per_batch``, and ``perf/padded_tokens_per_batch`` where each side is padded to its
+    longest text (packed runs never make those). A step is one batch also where gradients are accumulated over several.
 
-    def query(self) -> bool:
-        """Tells whether the moment has passed: always."""
-        return True
-
-    def synchronize(self) -> None:
-        """Returns at once."""
-
-    def elapsed_time(self, end: HostMark) -> float:
-        """Returns the milliseconds from this mark to ``end``."""
-        return (end._at - self._at) * 1e3
-
-
-Mark = torch.cuda.Event | HostMark
-
-
-class _Step(NamedTuple):
-    start: Mark
-    end: Mark
-    tokens: int
-    samples: int
-
-
-def _mark(device: torch.device) -> Mark:
-    """Records a moment: on the device's stream on CUDA, on the host's clock elsewhere."""
-    if device.type != "cuda":
-        return HostMark()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-class Throughput(Callback):
-    """Logs ``perf/tokens_per_sec``, ``perf/samples_per_sec`` and ``perf/step_ms`` of this process.
-
-    A step lasts from the end of the batch before to its own end, so that waiting for data counts; the first step
-    after a validation or a checkpoint lasts from its own start, so that those don't. On CUDA the moments are events on
-    the stream. They are read once the device has passed them, every ``log_every`` batches: nothing waits for the
-    device before training ends.
-
-    Tokens are the real ones, without padding: those pooled into the representations. They come from shapes that the
-    host knows (``batch.query.pool_index.numel()``), not from ``cu_seqlens``, which lies on the device. A sample is a
-    query with its documents. A step is one batch also where gradients are accumulated over several.
-
-    Args:
-        warmup_steps: batches at the start (of a run or of a resumed run) that are left out.
-        log_every: batches between two values in the log; each covers the steps since the one before.
-
-    Raises:
-        ValueError: for an argument that is not an int in its range.
+    The warm-up, in which kernels compile, is left out of these and reported on its own, in the summary only:
+    ``perf/first_step_s`` and ``perf/warmup_s``, from the start of the first batch. A head that counts its graphs
+    (``compile_count``) adds ``perf/compiled_graphs``, of the warm-up, and ``perf/compiled_graphs_timed``, of the steps
+    after it: where that is not 0, compiling is part of the rates.
     """
 
-    def __init__(self, warmup_steps: int = 5, log_every: int = 10) -> None:
-        self.warmup_steps = check_int("Throughput", "warmup_steps", warmup_steps, 0)
-        self.log_every = check_int("Throughput", "log_every", log_every, 1)
-        self._restart()
-
     def _restart(self) -> None:
-        self._batches = 0
-        self._last: Mark | None = None
-        self._pending: deque[_Step] = deque()
-        self._window = self._total = (0, 0.0, 0, 0)
+        super()._restart()
+        self._first: list[Mark] = []  # start of the first batch, its end, end of the warm-up
+        self._graphs: list[int] = []  # compiled before training, until the end of the warm-up, until the end
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()
+        super().on_train_start(trainer, pl_module)
+        self._count_graphs(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._last is None:
-            self._last = _mark(pl_module.device)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if not self._first:
+            self._first.append(self._last)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batches += 1
-        start, self._last = self._last, _mark(pl_module.device)
-        if self._batches > self.warmup_steps and start is not None:
-            tokens = batch.query.pool_index.numel() + batch.doc.pool_index.numel()
-            self._pending.append(_Step(start, self._last, tokens, batch.query.input_ids.shape[0]))
-        if self._batches % self.log_every == 0:
-            self._collect()
-            if self._window[0]:
-                pl_module.log_dict(self._rates(self._window))
-                self._window = (0, 0.0, 0, 0)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last = None
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._last = None
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._batches == 1:
+            self._first.append(self._last)
+        if self._batches == self.warmup_steps:
+            self._first.append(self._last)
+            self._count_graphs(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._pending:
-            self._pending[-1].end.synchronize()
-            self._collect()
+        super().on_train_end(trainer, pl_module)
+        if len(self._first) > 1:
+            self._first[-1].synchronize()
+        self._count_graphs(pl_module)
 
     def summary(self) -> dict[str, float]:
-        """Returns the rates over all steps after the warm-up, by metric name; empty when there were none."""
-        return self._rates(self._total) if self._total[0] else {}
+        """Returns the rates over all steps after the warm-up, and the warm-up itself, by metric name."""
+        values = super().summary()
+        for name, end in zip(("perf/first_step_s", "perf/warmup_s"), self._first[1:], strict=False):
+            values[name] = self._first[0].elapsed_time(end) / 1e3
+        if len(self._graphs) == 3:
+            before, warm, after = self._graphs
+            values |= {"perf/compiled_graphs": warm - before, "perf/compiled_graphs_timed": after - warm}
+        return values
 
-    def _collect(self) -> None:
-        """Adds up the steps that the device has finished."""
-        while self._pending and self._pending[0].end.query():
-            step = self._pending.popleft()
-            taken = (1, step.start.elapsed_time(step.end), step.tokens, step.samples)
-            self._window = tuple(a + b for a, b in zip(self._window, taken, strict=True))
-            self._total = tuple(a + b for a, b in zip(self._total, taken, strict=True))
+    def _count_graphs(self, pl_module: LightningModule) -> None:
+        count = getattr(getattr(pl_module.encoder, "head", None), "compile_count", None)
+        if count is not None:
+            self._graphs.append(count)
 
-    @staticmethod
-    def _rates(sums: tuple[int, float, int, int]) -> dict[str, float]:
-        steps, milliseconds, tokens, samples = sums
+    def _take(self, batch: Any) -> tuple[int, int, int]:
+        real = batch.query.pool_index.numel() + batch.doc.pool_index.numel()
+        return real, batch.query.input_ids.shape[0], batch.query.input_ids.numel() + batch.doc.input_ids.numel()
+
+    def _add(self, start: Mark, end: Mark, taken: tuple[int, int, int]) -> tuple[float, ...]:
+        return (start.elapsed_time(end), *taken)
+
+    def _figures(self, steps: int, sums: tuple[float, ...]) -> dict[str, float]:
+        milliseconds, tokens, samples, padded = sums
         seconds = max(milliseconds, 1e-6) / 1e3
         return {
             "perf/step_ms": milliseconds / steps,
             "perf/tokens_per_sec": tokens / seconds,
             "perf/samples_per_sec": samples / seconds,
+            "perf/batch_size": samples / steps,
+            "perf/real_tokens_per_batch": tokens / steps,
+            "perf/padded_tokens_per_batch": padded / steps,
         }

@@ -94,6 +94,7 @@ def _best(
         line = sentence.format(
             head=head, base=base, ratio=ratio(known[head][0] / known[base][0]), rival=told, batch=_batch(known[head][1])
         )
+        line = line if where or line.startswith(head) else line[0].upper() + line[1:]
         figures = f"{_words(map(plain, shown))}{unit.format(unit=group.runs[0].batch_unit)}"
         lines.append((f"{where}: " if where else "") + f"{line}: {figures}.")
     return lines

@@ -27,6 +27,13 @@ MIB = 1024
 PARTS = ("backbone", "head", "loss", "optimizer", "other")
 BARS = 18  # as many as a figure has room for
 RATE = "perf/samples_per_sec"
+COLUMNS = {  # what the columns of the table of throughput mean
+    "samples/s": "Samples are queries with their documents; warm-up and compilation are left out.",
+    "real tokens/s": "Real tokens are those without padding.",
+    "allocated, GiB": "Allocated is what live tensors took at the peak, reserved what the allocator took from the card.",
+    "less memory": "Less memory: what the naive head's run allocates divided by what this one's does.",
+    "process, GiB": "Process is the peak of the whole process, in which earlier runs of a sweep count.",
+}
 
 
 @dataclass(frozen=True)
@@ -197,11 +204,8 @@ def throughput_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section
         section.blocks += [_settings(found), table]
     if not section.blocks:
         return None
-    section.blocks.append(
-        "Samples are queries with their documents; tokens are real ones, without padding. Warm-up and compilation are"
-        " left out. Allocated is what live tensors took at the peak, reserved what the allocator took from the device; "
-        "less memory: the naive head's divided by this one's."
-    )
+    told = {column.title for block in section.blocks if isinstance(block, Table) for column in block.columns}
+    section.blocks.append(" ".join(sentence for title, sentence in COLUMNS.items() if title in told))
     return section
 
 

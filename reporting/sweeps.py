@@ -41,9 +41,9 @@ class Quantity:
     read: Callable[[Entry], float | None]
 
 
+# Not the process's memory on the CPU: what earlier runs of a sweep took counts there.
 QUANTITIES = (
     Quantity("peak allocated, GiB", lambda e: e.mean("perf/peak_mem_allocated_mib", MIB)),
-    Quantity("peak of the process, GiB", lambda e: e.mean("perf/peak_rss_mib", MIB)),
     Quantity("samples/s", lambda e: e.mean(RATE)),
 )
 
@@ -86,7 +86,8 @@ def _picture(found: Sequence[Group], axis: Axis, named: Mapping[str, str]) -> li
     if not panels:
         return []
     cross = " A cross at the upper edge: out of memory." if any(panel.failed for panel in panels) else ""
-    caption = f"Peak memory and throughput against {axis.across}.{cross}"
+    caption = f"{' and '.join(dict.fromkeys(panel.up for panel in panels))} against {axis.across}.{cross}"
+    caption = caption[0].upper() + caption[1:]
     alt = f"Lines against {axis.across}. " + " ".join(map(_said, panels))
     return [Picture(axis.name, caption, alt, figures.lines(panels))]
 

@@ -70,8 +70,8 @@ SECTIONS = (
     ),
     Section(
         "Throughput",
-        "Real tokens, without padding; a sample is a query with its documents. Compare heads at the same batch, or each "
-        "at its own largest. The parts of a step add up to it.",
+        "Real tokens, without padding; a sample is a query with its documents. Compare heads at the same batch, or "
+        "each at its own largest. The parts of a step add up to it.",
         (
             Panel("bars", "Samples per second", ("perf/samples_per_sec",)),
             Panel("bars", "Tokens per second", ("perf/tokens_per_sec",)),

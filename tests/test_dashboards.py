@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from data_helpers import write_collection
 from hydra import compose, initialize_config_dir
+from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 from lightning_modules.resolvers import CONF, REPOSITORY, register_resolvers
@@ -22,6 +23,13 @@ pytest.importorskip("wandb_workspaces")
 PANELS = [panel for section in dashboards.SECTIONS for panel in section.panels]
 GROUPING = [{"section": "config", "name": "model.value.name_or_path"}, {"section": "config", "name": "head.value.name"}]
 KEY = "0123456789abcdef" * 3
+
+
+class Counted(Callback):
+    """Leaves a whole number in the summary, as the finder of the largest batch does."""
+
+    def summary(self) -> dict[str, int]:
+        return {"counted/whole": 4}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +51,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     small += ["model.config.num_hidden_layers=1", "model.max_query_length=16", "model.max_doc_length=16", "trainer=cpu"]
     small += ["batch.size=4", "data=beir", f"data.path={write_collection(folder / 'data')}", "data.val_pool=12"]
     small += ["trainer.max_steps=11", "trainer.val_check_interval=6", "trainer.log_every_n_steps=1"]
+    small += [f"+callbacks.counted._target_={__name__}.Counted"]
     small += ["test.untrained=false", f"paths.output_dir={folder / 'run'}"]
     with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(CONF), version_base="1.3"):
         patch.setenv("WANDB_MODE", "offline")
@@ -102,7 +111,8 @@ def test_workspace_and_report_show_the_same_panels_in_the_same_sections(spec):
 def test_runs_are_grouped_by_model_and_head_wherever_they_are_shown(spec, logged):
     section = spec["workspace"]["spec"]["section"]
     assert [runset["grouping"] for runset in section["runSets"]] == [GROUPING]
-    assert all(part["localPanelSettings"]["useRunsTableGroupingInPanels"] for part in section["panelBankConfig"]["sections"])
+    parts = section["panelBankConfig"]["sections"]
+    assert all(part["localPanelSettings"]["useRunsTableGroupingInPanels"] for part in parts)
     for grid in grids(spec):
         assert [runset["grouping"] for runset in grid["runSets"]] == [GROUPING]
     columns = section["runSets"][0]["runFeed"]["columnPinned"]
@@ -116,16 +126,21 @@ def test_runs_are_grouped_by_model_and_head_wherever_they_are_shown(spec, logged
 def test_every_metric_of_the_panels_is_one_that_runs_log(logged):
     assert dashboards.STEP in logged.keys
     named = {metric for panel in PANELS for metric in panel.metrics} | set(dashboards.SUMMARY_COLUMNS)
-    groups = {group: [OmegaConf.load(path) for path in (CONF / group).glob("*.yaml")] for group in ("loss", "regularizer")}
-    possible = {f"train/loss_{name}" for loss in groups["loss"] for name in loss.get("losses", {})}
-    names = {name for regularizer in groups["regularizer"] for name in regularizer if name != "defaults"}
-    possible |= {f"train/reg_{name}_{side}" for name in names for side in ("query", "doc")}
+    options = [OmegaConf.load(path) for group in ("loss", "regularizer") for path in (CONF / group).glob("*.yaml")]
+    possible = {f"train/loss_{name}" for option in options for name in option.get("losses", {})}
+    possible |= {f"train/reg_{name}_{side}" for option in options for name in option for side in ("query", "doc")}
     assert {"train/loss_contrastive", "train/reg_flops_query"} <= possible & logged.keys  # such names are real
-    # What needs a GPU or a search for the batch stands in the callbacks.
+    # What needs a GPU stands in the callbacks; the finder's figure is named after the unit of the batch.
     source = "".join(path.read_text() for path in (REPOSITORY / "lightning_modules").rglob("*.py"))
+    if 'f"find_batch/{unit}"' in source:
+        possible |= {f"find_batch/{unit}" for unit in OmegaConf.load(CONF / "train.yaml").batch}
     unknown = {metric for metric in named - logged.keys - possible if metric not in source}
     assert unknown == set()
     assert len(named & logged.keys) > 15
+
+
+def test_whole_numbers_of_the_summary_reach_wandb(logged):
+    assert "counted/whole" in logged.keys  # as find_batch/size is
 
 
 class Server:
@@ -178,7 +193,8 @@ def test_saving_sends_each_specification_once_and_a_second_call_updates(server, 
         assert without_ids(json.loads(view["spec"])) == without_ids(expected["spec"])
 
     assert dashboards.main(["me/runs"]) == 0
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["workspace updated", "report updated"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["workspace updated", "report updated"]
     assert len(server.saved) == 4 and sorted(view["id"] for view in server.views) == ["view0", "view1"]
 
 
@@ -204,7 +220,10 @@ def test_print_asks_nobody(spec, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("environ", "said"),
-    [({"WANDB_API_KEY": ""}, "set WANDB_API_KEY"), ({"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "WANDB_MODE is offline")],
+    [
+        ({"WANDB_API_KEY": ""}, "set WANDB_API_KEY"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "WANDB_MODE is offline"),
+    ],
 )
 def test_without_a_key_or_offline_it_is_one_line_and_no_question(environ, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wandb, "Api", refuse)

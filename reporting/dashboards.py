@@ -202,7 +202,9 @@ def save(workspace: Workspace, report: Report) -> list[str]:
     path = f"{workspace.entity}/{workspace.project}"
     # Fails within seconds without a network or with a wrong key, before anything is sent.
     known = wandb.Api(timeout=CONNECT_SECONDS).reports(path)
-    report.id = next((each.id for each in known if each.display_name == report.title), "")
+    # The description too: a report that someone else gave this title is not overwritten.
+    own = (report.title, report.description)
+    report.id = next((each.id for each in known if (each.display_name, each.description) == own), "")
     try:
         # Of an address only the path and the view's name are read.
         workspace._internal_id = ws.Workspace.from_url(f"https://wandb.ai/{path}?nw={VIEW}")._internal_id

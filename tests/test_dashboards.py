@@ -167,7 +167,8 @@ class Server:
         if path != "me/runs":
             raise ValueError(f"Project {path} does not exist")
         views = [view for view in self.views if view["type"] == "runs"]
-        return [SimpleNamespace(id=view["id"], display_name=view["displayName"]) for view in views]
+        names = {"display_name": "displayName", "description": "description"}
+        return [SimpleNamespace(id=view["id"], **{k: view[v] for k, v in names.items()}) for view in views]
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_saving_sends_each_specification_once_and_a_second_call_updates(server, 
 
 def test_what_others_saved_in_the_project_stays(server):
     for kind, name in (("project-view", "nw-other-v"), ("runs", "theirs")):
-        shared = {"name": name, "displayName": "Theirs", "description": "", "spec": "{}", "type": kind}
+        shared = {"name": name, "displayName": "Sparton", "description": "", "spec": "{}", "type": kind}
         server.execute_graphql("mutation", shared | {"projectName": "runs", "entityName": "me"})
     before = list(server.views)
     assert dashboards.main(["me/runs"]) == 0

@@ -1,1 +1,1 @@
-"""From the runs of a sweep to tables, figures and pages: what report.py is made of."""
+"""Runs to tables, figures, pages and dashboards."""

@@ -30,7 +30,7 @@ RATE = "perf/samples_per_sec"
 COLUMNS = {  # what the columns of the table of throughput mean
     "samples/s": "Samples are queries with their documents; warm-up and compilation are left out.",
     "real tokens/s": "Real tokens are those without padding.",
-    "allocated, GiB": "Allocated is what live tensors took at the peak, reserved what the allocator took from the card.",
+    "allocated, GiB": "Allocated is what live tensors took at the peak, reserved what was taken from the card.",
     "less memory": "Less memory: what the naive head's run allocates divided by what this one's does.",
     "process, GiB": "Process is the peak of the whole process, in which earlier runs of a sweep count.",
 }

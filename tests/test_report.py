@@ -271,7 +271,7 @@ def test_a_sweep_with_a_failing_run_becomes_a_report(tmp_path):
     folder, sweep = write_collection(tmp_path / "small"), tmp_path / "sweep"
     line, environ = command(
         "-m", *SMALL, "model=tiny", "head=naive,tiled", "optimizer.lr=1e-3,-1", "data=beir", f"data.path={folder}",
-        "trainer.max_steps=8", "trainer.val_check_interval=8", "logger=csv", "test.untrained=false",
+        "trainer.max_steps=8", "trainer.val_check_interval=8", "logger=csv", "test.untrained=false", "export=false",
         f"hydra.sweep.dir={sweep}",
     )  # fmt: skip
     done = subprocess.run(line, env=environ, text=True, capture_output=True, timeout=250, check=False)

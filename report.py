@@ -1,4 +1,4 @@
-"""The runs of a sweep to tables, figures and one page: `python report.py multirun/DATE/TIME`."""
+"""The runs of a sweep to tables, figures and one page: `python report.py outputs/multirun/DATE/TIME`."""
 
 from __future__ import annotations
 

@@ -76,7 +76,8 @@ def train(cfg: DictConfig) -> None:
     prefix = {"BM25": "bm25/test/", "untrained": "untrained/test/", "trained": "test/"}
     summary = {prefix[row] + name: value for row, figures in rows.items() for name, value in figures.items()}
     summary |= training_figures(trainer)
-    summary |= {"status": "finished", "head": head, "packed": packing.mode, "best_checkpoint": best} | environment()
+    summary |= {"status": "finished", "head": head, "packed": packing.mode, "precision": trainer.precision}
+    summary |= {"best_checkpoint": best} | environment()
     write_summary(output_dir, summary)
     for logger in trainer.loggers:
         logger.log_metrics({k: v for k, v in summary.items() if isinstance(v, (int, float))}, step=trainer.global_step)

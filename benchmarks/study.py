@@ -19,24 +19,26 @@ RECOMPUTED = "model.gradient_checkpointing=true"
 LARGEST = "find_batch=true"
 # Name to overrides. A search begins at batch.size; below what fits, that saves tries and decides nothing.
 JOBS: dict[str, tuple[str, ...]] = {
-    "xlmr_recomputed_largest_naive_padded": (XLMR, RECOMPUTED, LARGEST, "head=naive", PADDED, "batch.size=48"),
+    "xlmr_recomputed_largest_naive_padded": (XLMR, RECOMPUTED, LARGEST, "head=naive", PADDED, "batch.size=64"),
     "xlmr_recomputed_largest_sparton": (XLMR, RECOMPUTED, LARGEST, "head=sparton", "batch.size=2048"),
+    "bert_largest_naive_padded": (BERT, LARGEST, "head=naive", PADDED, "batch.size=256"),
+    "bert_largest_sparton": (BERT, LARGEST, "head=sparton", "batch.size=960"),
+    "xlmr_largest_naive_padded": (XLMR, LARGEST, "head=naive", PADDED, "batch.size=48"),
+    "xlmr_largest_sparton": (XLMR, LARGEST, "head=sparton", "batch.size=512"),
     "xlmr_32_naive_padded": (XLMR, "head=naive", PADDED, "batch.size=32"),
     "xlmr_32_naive": (XLMR, "head=naive", "batch.size=32"),
     "xlmr_32_compiled_padded": (XLMR, "head=compiled", PADDED, "batch.size=32"),
     "xlmr_32_compiled": (XLMR, "head=compiled", "batch.size=32"),
     "xlmr_32_sparton": (XLMR, "head=sparton", "batch.size=32"),
-    "bert_largest_naive_padded": (BERT, LARGEST, "head=naive", PADDED, "batch.size=192"),
-    "bert_largest_sparton": (BERT, LARGEST, "head=sparton", "batch.size=768"),
-    "xlmr_largest_naive_padded": (XLMR, LARGEST, "head=naive", PADDED, "batch.size=32"),
-    "xlmr_largest_sparton": (XLMR, LARGEST, "head=sparton", "batch.size=384"),
+    "xlmr_64_compiled": (XLMR, "head=compiled", "batch.size=64"),
+    "xlmr_64_sparton": (XLMR, "head=sparton", "batch.size=64"),
     "bert_128_naive_padded": (BERT, "head=naive", PADDED, "batch.size=128"),
     "bert_128_naive": (BERT, "head=naive", "batch.size=128"),
     "bert_128_compiled_padded": (BERT, "head=compiled", PADDED, "batch.size=128"),
     "bert_128_compiled": (BERT, "head=compiled", "batch.size=128"),
     "bert_128_sparton": (BERT, "head=sparton", "batch.size=128"),
-    "bert_largest_compiled_padded": (BERT, LARGEST, "head=compiled", PADDED, "batch.size=256"),
-    "xlmr_recomputed_largest_compiled_padded": (XLMR, RECOMPUTED, LARGEST, "head=compiled", PADDED, "batch.size=64"),
+    "bert_largest_compiled_padded": (BERT, LARGEST, "head=compiled", PADDED, "batch.size=384"),
+    "xlmr_recomputed_largest_compiled_padded": (XLMR, RECOMPUTED, LARGEST, "head=compiled", PADDED, "batch.size=128"),
 }
 
 

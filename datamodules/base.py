@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Required, TypedDict, TypeVar
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 
 from datamodules.beir import Collection, Qrels
 from datamodules.collate import TextBatch, TextTokenizer, TrainBatch
 from datamodules.examples import Source
-from datamodules.loader import Assembler, ResumableLoader
+from datamodules.loader import Assembler, PlannedBatch, ResumableLoader
 from datamodules.order import BatchPlan, EpochOrder
 from datamodules.pool import Pool, PoolLoader
 
@@ -90,6 +91,7 @@ class RetrievalDataModule(LightningDataModule, ABC):
         self.max_val_queries = max_val_queries
         self.eval_batch_size = eval_batch_size
         self._training: TrainingData | None = None
+        self._lengths: list[np.ndarray] | None = None
         self._plan: BatchPlan | None = None
         self._pool: Pool | None = None
         self._pool_loader: PoolLoader | None = None
@@ -128,9 +130,7 @@ class RetrievalDataModule(LightningDataModule, ABC):
             return
         training = self.load_training()
         order = EpochOrder([len(source) for source in training.sources], training.per_epoch, self.seed)
-        lengths = None
-        if self.batch_tokens is not None:
-            lengths = [source.lengths(self.tokenize_query, self.tokenize_doc) for source in training.sources]
+        lengths = None if self.batch_tokens is None else self._measure(training)
         self._plan = BatchPlan(order, self.batch_size, self.batch_tokens, lengths)
         self._pool = self.load_pool()
         self._training = training
@@ -149,6 +149,53 @@ class RetrievalDataModule(LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
         )
         return self._train_loader
+
+    @property
+    def batch_unit(self) -> str:
+        """What a batch is measured in: ``tokens`` where it has a budget of them, else ``size`` (pairs)."""
+        return "size" if self.batch_tokens is None else "tokens"
+
+    @property
+    def batch_amount(self) -> int:
+        """The size of a training batch, in its unit."""
+        return self.batch_size if self.batch_tokens is None else self.batch_tokens
+
+    @property
+    def largest_batch(self) -> int:
+        """The largest amount that leaves each process a batch in an epoch."""
+        self.setup("fit")
+        order = self._plan.order
+        if self.batch_tokens is None:
+            return max(1, len(order) // self._world_size)
+        counted = zip(order.per_epoch, self._lengths, strict=True)
+        expected = sum(count * lengths.mean() for count, lengths in counted if count)
+        return max(1, int(expected) // self._world_size)
+
+    def set_batch(self, amount: int) -> None:
+        """Makes the training batches of the next loader so large, in their unit."""
+        self._plan = self._resized(amount)
+        self.batch_size, self.batch_tokens = self._plan.batch_size, self._plan.batch_tokens
+
+    def costliest_batch(self, amount: int, *, padded: bool) -> TrainBatch:
+        """The largest of an epoch's training batches, were they of this amount; the training order stays as it is.
+
+        Args:
+            amount: pairs or tokens, as ``batch_unit`` says.
+            padded: whether a batch costs what its longest pair does, for each of its pairs, or its real tokens.
+        """
+        number, members = self._resized(amount).costliest(padded=padded)
+        return self.make_assembler(self._training.sources)[PlannedBatch(0, number, members)]
+
+    def _resized(self, amount: int) -> BatchPlan:
+        self.setup("fit")
+        size, tokens = (amount, None) if self.batch_tokens is None else (self.batch_size, amount)
+        return BatchPlan(self._plan.order, size, tokens, self._measure(self._training))
+
+    def _measure(self, training: TrainingData) -> list[np.ndarray]:
+        """Tokens of each example, one array for each source."""
+        if self._lengths is None:
+            self._lengths = [source.lengths(self.tokenize_query, self.tokenize_doc) for source in training.sources]
+        return self._lengths
 
     def _num_workers(self) -> int:
         if self.num_workers is not None:

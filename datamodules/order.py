@@ -76,7 +76,7 @@ class BatchPlan:
         order: the order of the examples.
         batch_size: pairs in a batch; used when there is no ``batch_tokens``.
         batch_tokens: real tokens of queries and documents in a batch.
-        lengths: tokens of each example, one array per source; needed with ``batch_tokens``.
+        lengths: tokens of each example, one array per source; needed with ``batch_tokens`` and for ``costliest``.
     """
 
     def __init__(
@@ -104,23 +104,33 @@ class BatchPlan:
     def batches(self, epoch: int, start: int = 0, stride: int = 1) -> Iterator[list[tuple[int, int]]]:
         """Batches ``start``, ``start + stride``, ... of ``epoch``; each is a list of (source, index)."""
         sources, indices = self.order.epoch(epoch)
-        if self.batch_tokens is None:
-            bounds = np.minimum(np.arange(self.batches_per_epoch + 1) * self.batch_size, len(sources))
-        else:
-            bounds = self._token_bounds(sources, indices)
+        bounds = self._bounds(sources, indices)
         for number in range(start, self.batches_per_epoch, stride):
             cut = slice(bounds[number], bounds[number + 1])
             yield list(zip(sources[cut].tolist(), indices[cut].tolist(), strict=True))
 
-    def _token_bounds(self, sources: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    def costliest(self, *, padded: bool) -> tuple[int, list[tuple[int, int]]]:
+        """Number and members of the first epoch's batch with the most tokens; padded, if all were as long as its longest."""
+        sources, indices = self.order.epoch(0)
+        bounds, tokens = self._bounds(sources, indices), self._tokens(sources, indices)
+        costs = (np.maximum if padded else np.add).reduceat(tokens[: bounds[-1]], bounds[:-1])
+        number = int(np.argmax(costs * np.diff(bounds) if padded else costs))
+        return number, next(self.batches(0, number))
+
+    def _tokens(self, sources: np.ndarray, indices: np.ndarray) -> np.ndarray:
         tokens = np.empty(len(sources), dtype=np.int64)
         for k, array in enumerate(self.lengths):
             tokens[sources == k] = array[indices[sources == k]]
-        ends = tokens.cumsum()
+        return tokens
+
+    def _bounds(self, sources: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        if self.batch_tokens is None:
+            return np.minimum(np.arange(self.batches_per_epoch + 1) * self.batch_size, len(sources))
+        ends = self._tokens(sources, indices).cumsum()
         count = self.batches_per_epoch
         shares = ends[-1] * np.arange(count + 1) / count
         bounds = np.searchsorted(ends, shares, side="right")
-        bounds[0], bounds[-1] = 0, len(tokens)
+        bounds[0], bounds[-1] = 0, len(ends)
         # a single text may be longer than a share: every batch keeps at least one pair
         slack = np.maximum.accumulate(bounds - np.arange(count + 1)) + np.arange(count + 1)
-        return np.minimum(slack, len(tokens) - count + np.arange(count + 1))
+        return np.minimum(slack, len(ends) - count + np.arange(count + 1))

@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightning_modules.environment import environment, resolve_precision
+from lightning_modules.errors import chain, drop_frames
 from lightning_modules.overrides import check_overrides, one_line
 from lightning_modules.resolvers import CONF, register_resolvers
 from lightning_modules.summary import write_summary
@@ -76,10 +77,10 @@ class _Jobs:
             if failed:
                 line = str(error) if isinstance(error, JobError) else _record_failure(folder, error)
                 self._remember(line, settings)
-            _drop_frames(error)
+            drop_frames(error)
         except KeyboardInterrupt as error:
             interrupted = True
-            _drop_frames(error)
+            drop_frames(error)
         # Outside of the except blocks: there the error, and with it every tensor of its frames, would still be alive.
         if interrupted:
             _write(folder, {"status": "interrupted"} | environment())
@@ -149,19 +150,7 @@ def _leave(lines: list[str], status: int) -> NoReturn:
 
 def _is_interrupt(error: BaseException) -> bool:
     """Whether Ctrl-C is behind it: Lightning turns that into a SystemExit raised while handling KeyboardInterrupt."""
-    return isinstance(error, SystemExit) and any(isinstance(e, KeyboardInterrupt) for e in _chain(error))
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what it was raised from or while handling."""
-    found: list[BaseException] = []
-    pending: list[BaseException | None] = [error]
-    while pending:
-        current = pending.pop()
-        if current is not None and current not in found:
-            found.append(current)
-            pending += [current.__cause__, current.__context__]
-    return found
+    return isinstance(error, SystemExit) and any(isinstance(e, KeyboardInterrupt) for e in chain(error))
 
 
 def _describe(error: BaseException) -> str:
@@ -196,14 +185,6 @@ def _write(folder: Path, summary: dict[str, str | None]) -> None:
         write_summary(folder, summary)
     except OSError as problem:
         print(f"summary.json could not be written: {one_line(problem)}", file=sys.stderr)
-
-
-def _drop_frames(error: BaseException) -> None:
-    """Empties the frames that the error and its causes hold, so that their tensors can be freed."""
-    for link in _chain(error):
-        traceback.clear_frames(link.__traceback__)
-        link.__traceback__ = None
-        link.__cause__ = link.__context__ = None
 
 
 def _clean_up(exit_code: int) -> None:

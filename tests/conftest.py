@@ -13,6 +13,9 @@ if not torch.cuda.is_available():
 
 import pytest
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+
 # A shell ignores Ctrl-C in what it runs in its background, and so would the processes in which tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -15,7 +15,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from lightning_modules import environment as environment_module
-from lightning_modules.launch import _clean_up, _drop_frames, environment, resolve_precision, write_summary
+from lightning_modules.errors import drop_frames
+from lightning_modules.launch import _clean_up, environment, resolve_precision, write_summary
 from lightning_modules.overrides import check_overrides
 from lightning_modules.resolvers import CONF, REPOSITORY
 from lightning_modules.wandb import choose_mode
@@ -243,7 +244,7 @@ def test_frames_of_an_error_let_go_of_their_tensors() -> None:
     except ValueError as error:
         kept = error
     assert Held.alive == 2
-    _drop_frames(kept)
+    drop_frames(kept)
     assert Held.alive == 0
 
 
@@ -263,6 +264,6 @@ def test_a_job_after_one_out_of_memory_has_the_same_peak_as_alone() -> None:
         kept.append(torch.empty(2**45, dtype=torch.uint8, device="cuda"))
     except torch.OutOfMemoryError as error:
         del kept
-        _drop_frames(error)
+        drop_frames(error)
     _clean_up(exit_code=1)
     assert work() == alone

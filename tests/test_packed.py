@@ -80,11 +80,14 @@ def test_vectors_are_the_naive_formula_on_stock_logits(saved):
     torch.testing.assert_close(encoder(batch), naive_reps(saved, batch), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", [True, 1000])
-def test_recomputed_layers_are_packed_too(saved, monkeypatch, checkpointing):
+@pytest.mark.parametrize(("checkpointing", "calls"), [(True, 4), (1000, 2), (60, 4)])
+def test_recomputed_layers_are_packed_too(saved, monkeypatch, checkpointing, calls):
+    """Two layers, each again in the backward pass; not where all texts are fewer than 1,000 tokens, in pieces of 60."""
     encoder, kinds = load(saved, packed=True, gradient_checkpointing=checkpointing), used(monkeypatch)
+    batches = encoder.query_tokenizer(TEXTS[:2]), encoder.doc_tokenizer(DOCS)
+    pieces = sum(len(batch.split(60, padded=False)) for batch in batches) if checkpointing == 60 else 1
     result = step(encoder)
-    assert kinds == ["text"] * 4
+    assert kinds == ["text"] * calls * pieces
     assert_same(result, step(load(saved, packed=False)), 2e-5)
 
 
@@ -184,6 +187,16 @@ def test_an_export_does_not_name_the_packed_attention(saved, tmp_path):
     assert files and not any(packed.ATTENTION in path.read_text() for path in files)
     configs = [json.loads(path.read_text()) for path in tmp_path.rglob("config.json")]
     assert not any("packed" in key for config in configs for key in config)
+
+
+def test_the_backbone_gets_one_row_of_real_tokens(saved):
+    encoder = load(saved, packed=True)
+    seen = []
+    encoder.backbone.register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"].shape), with_kwargs=True)
+    query, doc = encoder.query_tokenizer(TEXTS[:2]), encoder.doc_tokenizer(DOCS)
+    encoder(query, doc)
+    assert seen == [(1, len(query.token_ids) + len(doc.token_ids))]
+    assert len(doc.token_ids) == int(doc.attention_mask.sum()) < doc.input_ids.numel()
 
 
 def test_what_the_host_knows_of_a_batch():

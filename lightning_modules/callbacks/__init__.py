@@ -1,5 +1,6 @@
 """Callbacks and loggers of a training run, one per file."""
 
+from lightning_modules.callbacks.batch_finder import BatchFinder
 from lightning_modules.callbacks.checkpoint import SafeCheckpoint
 from lightning_modules.callbacks.collapse import CollapseAlarm
 from lightning_modules.callbacks.expansions import ExpansionTable
@@ -11,6 +12,7 @@ from lightning_modules.callbacks.step_parts import StepParts
 from lightning_modules.callbacks.throughput import Throughput
 
 __all__ = [
+    "BatchFinder",
     "CollapseAlarm",
     "ExpansionTable",
     "MetricsCSV",

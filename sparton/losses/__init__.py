@@ -3,7 +3,7 @@
 from sparton.losses.combine import WeightedSum
 from sparton.losses.contrastive import InfoNCE
 from sparton.losses.distillation import KLDistillation, MarginMSE
-from sparton.losses.regularization import DFFLOPS, FLOPS, L1, AntiZero, Regularizer
+from sparton.losses.regularization import DFFLOPS, FLOPS, L1, AntiZero, Regularizer, local_sums
 from sparton.losses.schedule import WarmupWeight
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "Regularizer",
     "WarmupWeight",
     "WeightedSum",
+    "local_sums",
 ]

@@ -1,4 +1,4 @@
-"""Sweeps: presets and documented commands compose; jobs in other processes; trainings of two processes; a search."""
+"""Sweeps: presets and documented commands compose; a search whose trials run in other processes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from data_helpers import write_collection
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lightning_modules import sweeps
+from lightning_modules.launch import main
 from lightning_modules.overrides import check_overrides
 from lightning_modules.resolvers import CONF, REPOSITORY
 from lightning_modules.summary import write_summary
@@ -35,12 +35,6 @@ def task(cfg):
 if __name__ == "__main__":
     main(task, config_name="train")
 """
-SMALL = [
-    "model.config.num_hidden_layers=1", "model.config.hidden_size=16", "model.config.intermediate_size=16",
-    "model.max_query_length=16", "model.max_doc_length=32", "trainer=cpu", "batch.size=4", "calibrate.documents=8",
-    "data.val_pool=12", "trainer.log_every_n_steps=1", "trainer.max_steps=2", "trainer.val_check_interval=2",
-    "logger=csv", "test.untrained=false",
-]  # fmt: skip
 PARAMS = {
     path.stem: found["hydra"]["sweeper"]["params"]
     for path in sorted((CONF / "experiment").glob("*.yaml"))
@@ -48,29 +42,42 @@ PARAMS = {
 }
 
 
-def run(script: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A process with the repository on its path."""
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environ
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), *arguments]
     return subprocess.run(command, env=env, text=True, capture_output=True, timeout=200, check=False)
 
 
 def commands() -> list[str]:
-    """Every `python train.py ...` of the pages that a reader would copy from."""
-    pages = [(REPOSITORY / name).read_text() for name in ("README.md", "docs/sweeps.md")]
-    return sorted({line.split("#")[0].strip() for page in pages for line in re.findall(r"python train\.py ([^`\n]*)", page)})
+    """Every `python train.py ...` of docs/sweeps.md."""
+    page = (REPOSITORY / "docs/sweeps.md").read_text()
+    return sorted(set(re.findall(r"python train\.py -m ([^`\n]*)", page)))
 
 
-@pytest.mark.parametrize("arguments", commands())
-def test_documented_commands_compose(arguments):
-    check_overrides(CONF, "train", [word for word in shlex.split(arguments) if not word.startswith("-")])
+def check_last(arguments: list[str]) -> None:
+    """Composes the last job of a sweep; that every swept option of a group is there costs no composition."""
+    job = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        values = [value] if value.startswith(("[", "tag(")) else value.split(",")
+        if (CONF / key).is_dir() and not value.startswith("["):
+            assert all((CONF / key / f"{name}.yaml").exists() for name in values), argument
+        job.append(f"{key}={values[-1]}")
+    check_overrides(CONF, "train", job)
 
 
-def test_sweep_presets_compose_with_each_of_their_values():
+def test_documented_commands_compose():
+    assert len(commands()) >= 12
+    for arguments in commands():
+        check_last([word for word in shlex.split(arguments) if not word.startswith("hydra")])
+
+
+def test_sweep_presets_compose():
     assert set(PARAMS) == {"heads", "lengths", "sparsity", "vocabulary"}
     for name, params in PARAMS.items():
-        check_overrides(CONF, "train", [f"experiment={name}", *(f"{key}={values}" for key, values in params.items())])
+        check_last([f"experiment={name}", *(f"{key}={values}" for key, values in params.items())])
 
 
 @pytest.mark.parametrize(
@@ -113,26 +120,6 @@ def test_a_search_in_other_processes_survives_a_failing_trial(tmp_path):
     assert found["best_value"] == max(values)
 
 
-def test_a_sweep_of_trainings_of_two_processes_runs_each_job_once(tmp_path):
-    folder, out = write_collection(tmp_path / "data"), tmp_path / "a = sweep"
-    done = run(
-        REPOSITORY / "train.py", "-m", *SMALL, "data=beir", f"data.path={folder}", "trainer.devices=2",
-        "batch.size=4,1000", f'hydra.sweep.dir="{out}"',
-    )  # fmt: skip
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: job 1 (batch.size=1000) failed: batch.size: expected at least one batch for each of 2")
-    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["0", "1"]
-    summary = json.loads((out / "0/summary.json").read_text())
-    assert (summary["status"], summary["world_size"]) == ("finished", 2) and summary["test/ndcg@10"] > 0
-    assert json.loads((out / "1/summary.json").read_text())["status"] == "failed"
-    rows = (out / "0/metrics.csv").read_text().splitlines()
-    steps = [int(row.split(",")[0]) for row in rows[1:]]
-    assert steps == sorted(steps) and max(map(steps.count, steps)) <= 3  # training, validation and the end, once each
-    assert done.stdout.count("step 2/2") == 1 and done.stdout.count("│ trained") == 1
-    assert "sync_dist" not in done.stderr
-
-
 @pytest.mark.parametrize(
     ("trainer", "several"),
     [
@@ -146,11 +133,13 @@ def test_which_jobs_have_several_processes(trainer, several):
     assert not sweeps.several_processes(OmegaConf.create({}))  # evaluate.py has no trainer
 
 
-def test_a_sweep_under_torchrun_is_refused(tmp_path):
-    (tmp_path / "task.py").write_text(SCRIPT)
-    done = run(tmp_path / "task.py", "-m", "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}", LOCAL_RANK="1")
-    assert done.returncode == 1 and not (tmp_path / "sweep").exists()
-    assert len(done.stderr.splitlines()) == 1 and "LOCAL_RANK" in done.stderr
+def test_a_sweep_under_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["task.py", "-m", "seed=1,2"])
+    with pytest.raises(SystemExit) as end:
+        main(lambda cfg: None, config_name="train")
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and len(lines) == 1 and "LOCAL_RANK" in lines[0]
 
 
 def test_the_objective_is_read_from_the_summary(tmp_path):

@@ -1,4 +1,4 @@
-"""StepParts: a step of known parts is split into them; every head of a real encoder is measured, checkpointing or not."""
+"""StepParts: a step of known parts is split into them; every head of a real encoder is measured."""
 
 from __future__ import annotations
 

@@ -108,13 +108,14 @@ def test_a_search_in_other_processes_survives_a_failing_trial(tmp_path):
     out.mkdir()
     (out / "failures.txt").write_text("job 7 of an earlier sweep\n")
     done = run(
-        script, "-m", "hydra/sweeper=search", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=3",
-        "hydra.sweeper.n_trials=3", "head=tiled", f"hydra.sweep.dir={out}",
+        script, "-m", "hydra/sweeper=search", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+        "hydra.sweeper.n_jobs=3", "hydra.sweeper.n_trials=3", "head=tiled", f"hydra.sweep.dir={out}",
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in done.stderr
-    assert re.match(r"error: job 1 \(flops_weight=[\d.e-]+,optimizer.lr=[\d.e-]+\) failed: loss.scale: expected", lines[0])
+    own = r"flops_weight=[\d.e-]+,optimizer.lr=[\d.e-]+"
+    assert re.match(rf"error: job 1 \({own}\) failed: loss.scale: expected", lines[0])
     found = yaml.safe_load((out / "optimization_results.yaml").read_text())
     values = [json.loads((out / f"{job}/summary.json").read_text())["val_pool/ndcg@10"] for job in (0, 2)]
     assert found["best_value"] == max(values)

@@ -23,8 +23,8 @@ SMALL = [
 def test_a_sweep_of_trainings_of_two_processes_runs_each_job_once(tmp_path):
     folder, out = write_collection(tmp_path / "data"), tmp_path / "a = sweep"
     command = [
-        sys.executable, str(REPOSITORY / "train.py"), "-m", *SMALL, "data=beir", f"data.path={folder}", "trainer.devices=2",
-        "batch.size=4,0", f'hydra.sweep.dir="{out}"',
+        sys.executable, str(REPOSITORY / "train.py"), "-m", *SMALL, "data=beir", f"data.path={folder}",
+        "trainer.devices=2", "batch.size=4,0", f'hydra.sweep.dir="{out}"',
     ]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=250, check=False)

@@ -79,7 +79,7 @@ def train(cfg: DictConfig) -> None:
     summary |= {"status": "finished", "head": head, "packed": packing.mode, "best_checkpoint": best} | environment()
     write_summary(output_dir, summary)
     for logger in trainer.loggers:
-        logger.log_metrics({k: v for k, v in summary.items() if isinstance(v, float)}, step=trainer.global_step)
+        logger.log_metrics({k: v for k, v in summary.items() if isinstance(v, (int, float))}, step=trainer.global_step)
         logger.finalize("success")
     if rows:
         console.print(results_table(rows))

@@ -110,7 +110,7 @@ class BatchPlan:
             yield list(zip(sources[cut].tolist(), indices[cut].tolist(), strict=True))
 
     def costliest(self, *, padded: bool) -> tuple[int, list[tuple[int, int]]]:
-        """Number and members of the first epoch's batch with the most tokens; padded, if all were as long as its longest."""
+        """Number and members of epoch 0's batch with the most tokens; padded, if all were as long as its longest."""
         sources, indices = self.order.epoch(0)
         bounds, tokens = self._bounds(sources, indices), self._tokens(sources, indices)
         costs = (np.maximum if padded else np.add).reduceat(tokens[: bounds[-1]], bounds[:-1])

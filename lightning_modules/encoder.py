@@ -236,6 +236,9 @@ class SparseEncoder(nn.Module):
     def forward(self, *batches: TextBatch) -> Tensor | tuple[Tensor, ...]:
         """Encodes batches of texts: the backbone once on all (packed) or on each (padded), the head once on all.
 
+        A head that pads (naive, compiled) is called on each: queries padded to the length of documents would cost it
+        memory and time that nobody has who encodes the two sides apart.
+
         Args:
             batches: one or more batches, for example queries and documents, on the encoder's device.
 
@@ -244,15 +247,20 @@ class SparseEncoder(nn.Module):
         """
         if not batches:
             raise ValueError("batches: expected at least one TextBatch, got none")
-        bounds, offset = [], 0
-        for batch in batches:
-            bounds.append(batch.cu_seqlens[bool(bounds) :] + offset)
-            offset += batch.pool_index.shape[0]
-        cu_seqlens = bounds[0] if len(bounds) == 1 else torch.cat(bounds)
-        max_seqlen = max(batch.max_seqlen for batch in batches)
-        reps = self.head(self.pooled_rows(*batches), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        rows = self.pooled_rows(*batches)
         if len(batches) == 1:
-            return reps
+            return self.head(rows, cu_seqlens=batches[0].cu_seqlens, max_seqlen=batches[0].max_seqlen)
+        counts = [batch.pool_index.shape[0] for batch in batches]
+        if self.head.pads:
+            return tuple(
+                self.head(own, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
+                for own, batch in zip(rows.split(counts), batches, strict=True)
+            )
+        bounds, offset = [], 0
+        for batch, count in zip(batches, counts, strict=True):
+            bounds.append(batch.cu_seqlens[bool(bounds) :] + offset)
+            offset += count
+        reps = self.head(rows, cu_seqlens=torch.cat(bounds), max_seqlen=max(batch.max_seqlen for batch in batches))
         return reps.split([batch.input_ids.shape[0] for batch in batches])
 
     @torch.no_grad()

@@ -23,9 +23,12 @@ class _Head(nn.Module):
 
     Attributes:
         weight: (V, D) parameter; bias: (V,) parameter or None.
+        pads: whether packed texts are padded to the longest for a (B, S, V) tensor: short and long ones then belong in
+            calls of their own.
     """
 
     impl: str
+    pads = False
 
     def __init__(self, hidden_size: int, vocab_size: int, bias: bool = True, *, activation: str = "log1p") -> None:
         super().__init__()
@@ -71,6 +74,7 @@ class NaiveHead(_Head):
     """The head in SPLADE's order of operations: stores several (B, S, V) tensors."""
 
     impl = "naive"
+    pads = True
 
 
 class TiledHead(_Head):
@@ -107,6 +111,7 @@ class CompiledHead(_Head):
     """
 
     impl = "naive"
+    pads = True
 
     @property
     def compile_count(self) -> int:

@@ -78,13 +78,15 @@ def test_decoder_without_bias_keeps_none(tmp_path):
         encoder.calibrate(TEXTS)
 
 
-def test_several_batches_go_through_the_head_once():
-    encoder = small().eval()
-    calls = []
-    encoder.head.register_forward_pre_hook(lambda *_: calls.append(1))
+@pytest.mark.parametrize("head", ["tiled", "naive"])
+def test_several_batches_go_through_the_head_once_or_each_at_its_own_length(head):
+    encoder = small(head=head).eval()
+    lengths = []
+    encoder.head.register_forward_pre_hook(lambda *call: lengths.append(call[2]["max_seqlen"]), with_kwargs=True)
     query, doc = encoder.query_tokenizer(TEXTS[:2]), encoder.doc_tokenizer(TEXTS)
     together = encoder(query, doc)
-    assert len(calls) == 1
+    assert query.max_seqlen < doc.max_seqlen
+    assert lengths == ([query.max_seqlen, doc.max_seqlen] if head == "naive" else [doc.max_seqlen])
     for rep, batch in zip(together, (query, doc), strict=True):
         assert rep.shape == (batch.input_ids.shape[0], VOCAB_SIZE)
         torch.testing.assert_close(rep, encoder(batch))

@@ -28,7 +28,7 @@ def largest_that_fits(start: int, bound: int, fits: Callable[[int], bool]) -> tu
         fits: tries an amount; what fits is taken to fit in smaller amounts too.
 
     Returns:
-        0 where even 1 doesn't fit; None where ``bound`` does. Else the two are within ``TOLERANCE``, or 1, of each other.
+        0 where even 1 does not fit, None where ``bound`` does; else they are within ``TOLERANCE``, or 1, of each other.
     """
     fitting, failing, size = 0, math.inf, min(start, bound)
     while fitting < bound and failing - fitting > max(1, int(TOLERANCE * fitting)):
@@ -81,12 +81,12 @@ class BatchFinder(Callback):
         number = isinstance(limit_gib, (int, float)) and not isinstance(limit_gib, bool)
         if limit_gib is not None and not (number and 0 < limit_gib < math.inf):
             raise ValueError(
-                f"batch.limit_gib: expected GiB > 0, or null for the whole device, got {limit_gib!r}; use for example 24"
+                f"batch.limit_gib: expected GiB > 0, or null for the whole device, got {limit_gib!r}; use 24 or so"
             )
         if enabled and ckpt_path:
             raise ValueError(
-                f"find_batch=true: expected a run from its start, got ckpt_path={ckpt_path}; a checkpoint counts batches,"
-                " so resume with find_batch=false and the run's own batch (find_batch/... in its summary.json)"
+                f"find_batch=true: expected a run from its start, got ckpt_path={ckpt_path}; a checkpoint counts"
+                " batches, so resume with find_batch=false and the run's own batch (find_batch/... in its summary.json)"
             )
         self.output_dir = Path(output_dir)
         self.enabled = enabled
@@ -126,7 +126,7 @@ class BatchFinder(Callback):
                     " batch.limit_gib, shorten the texts or set model.gradient_checkpointing=true"
                 )
             data.set_batch(found)
-            trainer.fit_loop._combined_loader = None  # Lightning's own finder does so: the next loader is asked for anew
+            trainer.fit_loop._combined_loader = None  # as Lightning's own finder: the loader is asked for anew
         self._summary = {f"find_batch/{unit}": found, "find_batch/limit_gib": limit, "find_batch/tries": len(tries)}
         self._summary |= {"find_batch/failed": failed} if failed else {}
         best = tries[found]

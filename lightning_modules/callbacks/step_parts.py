@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ class StepParts(StepClock):
 
     Losses and regularisers are one part. Where weights are shared with the embedding, adding up the two gradients
     belongs to the backbone; under DDP so does what is left of the reduction. ``perf/head_share`` is the head's share of
-    the step. Only steps that call ``pl_module.encoder.head`` once, with gradients down to its input, are counted:
-    nothing is recorded in validation, and nothing where the backbone is frozen.
+    the step. Calls of the head on each side apart are one part, from the first call to the end of the last, and back. Only
+    steps with gradients down to the head's input are counted: nothing is recorded in validation, and nothing where the
+    backbone is frozen.
     """
 
     _hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
@@ -74,22 +76,26 @@ class StepParts(StepClock):
 
     def _before_head(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled():
-            self._set("head")
-            self._set_with_gradient("hidden_grad", inputs[0])
+            self._set_first("head")
+            self._with_gradient(inputs[0], lambda gradient: self._set("hidden_grad"))
 
     def _after_head(self, head: nn.Module, inputs: tuple[Tensor, ...], rep: Tensor) -> None:
         if torch.is_grad_enabled():
             self._set("head_end")
-            self._set_with_gradient("rep_grad", rep)
+            self._with_gradient(rep, lambda gradient: self._set_first("rep_grad"))
 
     def _set(self, name: str) -> None:
-        """Records a moment of the batch in hand; one that comes twice spoils the batch."""
+        """Records a moment of the batch in hand; of one that comes again, the last."""
         if self._marks is not None:
-            self._marks = None if name in self._marks else self._marks | {name: mark(self._device)}
+            self._marks[name] = mark(self._device)
 
-    def _set_with_gradient(self, name: str, tensor: Tensor) -> None:
+    def _set_first(self, name: str) -> None:
+        if self._marks is not None and name not in self._marks:
+            self._set(name)
+
+    def _with_gradient(self, tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
         if self._marks is not None and tensor.requires_grad:
-            tensor.register_hook(lambda gradient: self._set(name))
+            tensor.register_hook(hook)
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:

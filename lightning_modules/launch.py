@@ -117,10 +117,10 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
     jobs = _Jobs(task)
     try:
         arguments = get_args_parser().parse_args()
-        if not (arguments.help or arguments.hydra_help or arguments.config_dir):
-            check_overrides(CONF, arguments.config_name or config_name, arguments.overrides)
         if arguments.multirun:
             refuse_torchrun()
+        if not (arguments.help or arguments.hydra_help or arguments.config_dir):
+            check_overrides(CONF, arguments.config_name or config_name, arguments.overrides)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(jobs)()
     except KeyboardInterrupt:
         _leave(["interrupted"], INTERRUPTED)

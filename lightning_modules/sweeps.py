@@ -66,8 +66,8 @@ def refuse_torchrun() -> None:
     """Raises ValueError in a process of torchrun or its like: each of them would run the whole sweep."""
     if "LOCAL_RANK" in os.environ:
         raise ValueError(
-            "-m: expected a process of its own for the sweep, got one of several (LOCAL_RANK is set), each of which would"
-            " run every job; start it without torchrun, trainer.devices=N starts the processes of each job"
+            "-m: expected a process of its own for the sweep, got one of several (LOCAL_RANK is set), each of which"
+            " would run every job; start it without torchrun, trainer.devices=N starts the processes of each job"
         )
 
 

@@ -181,7 +181,7 @@ def _one_rank(rank: int, port: int, folder: str, output: str) -> None:
     os.environ |= {name: str(value) for name, value in where.items()}
     with pytest.MonkeyPatch.context() as patch:
         calls = spend_memory_above((9, 6)[rank], patch)
-        several = ["+trainer.strategy=ddp", "trainer.devices=2", "find_batch=true", "trainer.max_steps=2"]
+        several = ["trainer.strategy=ddp", "trainer.devices=2", "find_batch=true", "trainer.max_steps=2"]
         regularizers = ["regularizer@regularizer.doc=df_flops", "callbacks=none"]
         cfg = configuration(Path(output), *RUN, f"data.path={folder}", *several, *regularizers)
         module, datamodule, trainer = train.build(cfg)

@@ -1,4 +1,4 @@
-"""StepParts: a step of known parts is split into them; every head of a real encoder is measured, checkpointing or not."""
+"""StepParts: a step of known parts is split into them; every head of a real encoder is measured."""
 
 from __future__ import annotations
 
@@ -158,8 +158,6 @@ def test_what_cannot_be_split_is_not_recorded():
     assert parts._take(None) is None
 
 
-# torch.compile looks at .grad of the hidden rows, which are no leaf.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
     "settings",
     [

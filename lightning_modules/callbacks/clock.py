@@ -1,4 +1,4 @@
-"""The clock of training steps that callbacks share: marks on the device's stream, read when the device has passed them."""
+"""The clock of training steps that callbacks share: marks on the device's stream, read when it has passed them."""
 
 from __future__ import annotations
 

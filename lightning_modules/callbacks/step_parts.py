@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: backbone, head, loss, optimizer and the rest, forward and backward together."""
+"""Where a training step's time goes: backbone, head, loss, optimizer and the rest, forward and backward together."""
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ class Throughput(StepClock):
     Steps, warm-up and reading are those of :class:`StepClock`. Tokens are the real ones, without padding: those pooled
     into the representations. They come from shapes that the host knows (``batch.query.pool_index.numel()``), not from
     ``cu_seqlens``, which lies on the device. A sample is a query with its documents, ``perf/batch_size`` of them a step
-    on average, with ``perf/real_tokens_per_batch``, and ``perf/padded_tokens_per_batch`` where each side is padded to its
-    longest text (packed runs never make those). A step is one batch also where gradients are accumulated over several.
+    on average, with ``perf/real_tokens_per_batch``, and ``perf/padded_tokens_per_batch`` where each side is padded to
+    its longest text (a packed backbone doesn't compute those). A step is one batch also where gradients are accumulated
+    over several.
 
     The warm-up, in which kernels compile, is left out of these and reported on its own, in the summary only:
     ``perf/first_step_s`` and ``perf/warmup_s``, from the start of the first batch. A head that counts its graphs

@@ -111,9 +111,26 @@ def _limit(run: Run) -> str | None:
     return "the whole card" if limit is None else f"{limit:g} GiB"
 
 
+def _calibration(run: Run) -> str | None:
+    documents, quantile = run.settings.get("calibrate.documents"), run.settings.get("calibrate.quantile")
+    if documents is None or quantile is None:
+        return None
+    return f"{1 - quantile:.3g} of the words active before training" if documents else "none"
+
+
 def _loss(run: Run) -> str | None:
     names = [name.split(".")[2] for name in run.settings if name.startswith("loss.losses.")]
     return " + ".join(dict.fromkeys(names)) or None
+
+
+def _dropout(*names: str) -> Callable[[Run], Any]:
+    """The first of the settings that is a number; where they are null, a checkpoint keeps its own."""
+
+    def read(run: Run) -> Any:
+        given = [run.settings[name] for name in names if name in run.settings]
+        return next((value for value in given if value is not None), "the model's own" if given else None)
+
+    return read
 
 
 def _setting(name: str) -> Callable[[Run], Any]:
@@ -134,8 +151,9 @@ SETTINGS: dict[str, Callable[[Run], Any]] = {
     "accumulation": _setting("trainer.accumulate_grad_batches"),
     "loss": _loss,
     "FLOPS weight": _setting("flops_weight"),
-    "dropout": _setting("model.dropout"),
-    "attention dropout": _setting("model.attention_dropout"),
+    "dropout": _dropout("model.dropout"),
+    "attention dropout": _dropout("model.attention_dropout", "model.dropout"),
+    "calibration": _calibration,
     "steps": _setting("trainer.max_steps"),
     "batch": _batch,
     "memory limit": _limit,
@@ -196,7 +214,7 @@ def names(of: Sequence[Group]) -> list[str]:
 
 def worth_saying(told: dict[str, Any]) -> dict[str, Any]:
     """Settings without those that say that something is not used."""
-    unused = {"accumulation": 1, "negatives": 0, "dropout": 0.0}
+    unused = {"calibration": "none", "accumulation": 1, "negatives": 0, "dropout": 0.0}
     return {name: value for name, value in told.items() if unused.get(name) != value}
 
 

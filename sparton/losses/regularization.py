@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -34,22 +33,23 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-_LOCAL = ContextVar("local_sums", default=False)
+_sums_are_local = False  # a plain global: torch.compile guards on it, and can't trace a ContextVar
 
 
 @contextmanager
 def local_sums() -> Iterator[None]:
     """Inside, penalties are over the batch of their own process: no process waits for another one."""
-    token = _LOCAL.set(True)
+    global _sums_are_local
+    before, _sums_are_local = _sums_are_local, True
     try:
         yield
     finally:
-        _LOCAL.reset(token)
+        _sums_are_local = before
 
 
 def _global_sum(local: Tensor) -> Tensor:
     """Sums a tensor over the processes of the run; without a process group it is returned as it is."""
-    if _LOCAL.get():
+    if _sums_are_local:
         return local
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return _SumOverRanks.apply(local)

@@ -56,8 +56,9 @@ def labels(runs: Sequence[Run]) -> dict[str, str]:
     differ = len(set().union(*modes.values())) > 1
     named = {}
     for run in runs:
-        # A failed run doesn't say how its backbone would have run: as the others with its head, where these agree.
-        likely = modes.get(run.head, set())
+        # A failed run doesn't say how its backbone would have run: as it was told to, or as the others with its head,
+        # where these agree.
+        likely = {"padded"} if run.settings.get(PACKED[0]) is False else modes.get(run.head, set())
         mode = run.summary.get("packed") or (next(iter(likely)) if len(likely) == 1 else None)
         named[run.name] = f"{run.head} ({mode})" if differ and mode else run.head
     return named

@@ -82,6 +82,16 @@ def test_quality_over_seeds(built):
     assert [row["language"] for row in table(built, "nDCG@10 by language")] == ["de", "de", "en", "en"]
 
 
+def test_quality_is_compared_over_the_seeds_that_both_have(tmp_path):
+    for head, seeds in (("naive", (1, 2)), ("sparton", (1, 2, 3))):
+        for seed in seeds:
+            known = {"test/ndcg@10": 0.8 + 0.01 * seed}
+            real = {"data": {"_target_": "BeirDataModule", "path": "xquad"}}
+            write_run(tmp_path / f"{head}{seed}", head, known, changes=real, seed=seed)
+    (line,) = build(*read_runs([tmp_path])).findings
+    assert "over 2 seeds is equal" in line and "(+0.0000" in line
+
+
 def test_every_section_and_figure_is_there(built):
     assert [section.title for section in built.sections] == [
         "Largest batch", "Throughput and memory", "Against batch size", "Against sequence length", "Against vocabulary",
@@ -142,6 +152,8 @@ def test_the_label_says_how_the_backbone_ran_only_where_that_differs():
     same = [run("a", "naive", "padded"), run("b", "sparton", "padded")]
     assert settings.labels(same) == {"a": "naive", "b": "sparton"}
     both = [*same, run("c", "sparton", "varlen"), Run("d", None, {}, {"head.name": "naive"}, {"status": "failed"})]
+    told = Run("e", None, {}, {"head.name": "naive", "model.packed": False}, {"status": "failed"})
+    assert settings.labels([*both, run("f", "naive", "varlen"), told])["e"] == "naive (padded)"
     named = settings.labels(both)
     assert named == {"a": "naive (padded)", "b": "sparton (padded)", "c": "sparton (varlen)", "d": "naive (padded)"}
     assert settings.in_order(named.values()) == ["naive (padded)", "sparton (padded)", "sparton (varlen)"]

@@ -210,6 +210,29 @@ def test_a_corrupt_file_is_said_and_skipped(tmp_path, capsys):
     assert "cut: skipped, summary.json: expected JSON" in (tmp_path / "report.md").read_text()
 
 
+def test_a_cut_off_file_of_losses_and_a_run_without_its_configuration(tmp_path):
+    (write_run(tmp_path / "cut", "naive", {}) / "metrics.csv").write_text("train/loss,step\n2.0,0\n1.5")
+    (write_run(tmp_path / "other", "naive", {}) / "metrics.csv").write_text("train/loss,time\n2.0,0\n")
+    (write_run(tmp_path / "bare", "naive", speed(8, 100, 100)) / ".hydra/config.yaml").unlink()
+    runs, problems = read_runs([tmp_path])
+    assert {run.name: run.losses for run in runs} == {"bare": {}, "cut": {0: 2.0}, "other": {}} and not problems
+    page = build([run for run in runs if run.name == "bare"])
+    assert "batch 8:" in next(picture.alt for picture in blocks(page, Picture) if picture.name == "step_same")
+
+
+def test_pairs_and_tokens_never_share_a_table(tmp_path):
+    for head in ("naive", "sparton"):
+        for unit, asked in (("size", {}), ("tokens", {"batch.tokens": 500})):
+            found = speed(10, 100, 100) | {f"find_batch/{unit}": 10 if unit == "size" else 4000}
+            write_run(tmp_path / f"{head}_{unit}", head, found, find_batch=True, changes=asked)
+    page = build(*read_runs([tmp_path]))
+    assert [column.title for block in blocks(page, Table)[:2] for column in block.columns if "batch" in column.title] == [
+        "largest batch, queries", "largest batch, tokens"
+    ]  # fmt: skip
+    names = [picture.name for picture in blocks(page, Picture)]
+    assert len(names) == len(set(names))
+
+
 @pytest.mark.parametrize(
     ("sources", "message"),
     [

@@ -17,7 +17,7 @@ WORDS = {
     UNFINISHED: "left no summary: still running, or killed (by the system, for memory or time)",
 }
 MACHINE = {
-    "device": "device", "python_version": "Python", "torch_version": "torch", "triton_version": "triton",
+    "device": "device", "alloc_conf": "allocator", "python_version": "Python", "torch_version": "torch", "triton_version": "triton",
     "lightning_version": "lightning", "transformers_version": "transformers", "commit": "commit",
 }  # fmt: skip
 

@@ -31,11 +31,11 @@ class Group:
 
 
 def groups(runs: Iterable[Run], free: Sequence[str]) -> list[Group]:
-    """Puts together what can be compared, in the order of the runs; never runs of two devices."""
+    """Puts together what can be compared, in the order of the runs; never of two devices or allocators."""
     found: dict[object, list[Run]] = {}
     for run in runs:
         fixed = sorted((name, repr(v)) for name, v in run.identity.items() if not name.startswith(tuple(free)))
-        machine = (str(run.summary.get("device")), run.batch_unit)
+        machine = (str(run.summary.get("device")), run.summary.get("alloc_conf"), run.batch_unit)
         found.setdefault((machine, tuple(fixed)), []).append(run)
     return sorted((Group(tuple(members), tuple(free)) for members in found.values()), key=_rank)
 
@@ -141,6 +141,7 @@ SETTINGS: dict[str, Callable[[Run], Any]] = {
     "batch": _batch,
     "memory limit": _limit,
     "device": lambda run: run.summary.get("device"),
+    "allocator": lambda run: run.summary.get("alloc_conf"),
 }
 
 

@@ -149,7 +149,12 @@ def test_a_head_that_pads_is_tried_with_the_longest_pair(folder, tmp_path, monke
     """Also where the backbone is packed, which costs what the tokens do."""
     spend_memory_above(4, monkeypatch)
     asked, costliest = [], BatchPlan.costliest
-    monkeypatch.setattr(BatchPlan, "costliest", lambda plan, *, padded: asked.append(padded) or costliest(plan, padded=padded))
+
+    def noted(plan, *, padded):
+        asked.append(padded)
+        return costliest(plan, padded=padded)
+
+    monkeypatch.setattr(BatchPlan, "costliest", noted)
     packed = ["model.packed=true", "model.attention_dropout=0", f"head={head}", "callbacks=none"]
     short = ["trainer.max_steps=1", "trainer.val_check_interval=1", "find_batch=true"]
     module, data, trainer = train.build(configuration(tmp_path, *RUN, f"data.path={folder}", *packed, *short))

@@ -121,6 +121,7 @@ def test_one_seed_has_no_spread(tmp_path):
         ({"seed": 1}, "the same dataset, model, head and seed as"),
         ({"lr": 2e-3}, "got other values of optimizer.lr; compare runs of one experiment"),
         ({}, "expected the head naive and another one with the same seeds"),
+        ({"seed": 3, "quality": math.nan}, "expected a number for test/ndcg@10 in summary.json, got nan"),
         ({"seed": 3, "losses": (2.0,)}, "expected losses of 2 steps as in the others"),
         ({"seed": 3, "losses": ()}, "expected a column train/loss with numbers"),
     ],

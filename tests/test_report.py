@@ -169,9 +169,11 @@ def test_commands_join_sweeps_and_hide_local_paths(tmp_path):
         write_run(tmp_path / f"full/{place}", head, overrides=said)
     for place, head in enumerate(("naive", "tiled")):  # no product: only the diagonal
         write_run(tmp_path / f"part/{place}", head, overrides=[f"head={head}", f"seed={place}"])
+    write_run(tmp_path / "single/0", "naive", overrides=["~callbacks.memory", "experiment=[a,b]", "head=naive"])
     assert commands(read_runs([tmp_path])[0]) == [
         "python train.py -m head=naive,tiled seed=1,2 data.lengths=…/l.csv",
         "python train.py head=naive seed=0", "python train.py head=tiled seed=1",
+        "python train.py '~callbacks.memory' 'experiment=[a,b]' head=naive",
     ]  # fmt: skip
     assert [run.name for run in unique([*read_runs([tmp_path])[0][:1]] * 2)] == ["full/0", "full/0 #2"]
     assert hide_paths("no /home/me/x y.csv, see https://a.b/c/d 1/2") == "no …/x y.csv, see https://a.b/c/d 1/2"

@@ -26,7 +26,8 @@ def build(cfg: DictConfig) -> tuple[SparseRetriever, L.LightningDataModule, L.Tr
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
-    callbacks = [callback for callback in instantiate(cfg.callbacks).values() if callback is not None]
+    # An experiment may have settings for a callback that callbacks=none leaves out.
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback and "_target_" in callback]
     trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=loggers)
     encoder = instantiate(cfg.model, head=resolve_head(cfg.head.name, trainer.strategy.root_device))
     tokenizers = {"tokenize_query": encoder.query_tokenizer, "tokenize_doc": encoder.doc_tokenizer}

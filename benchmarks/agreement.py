@@ -95,7 +95,7 @@ def quality_rows(study: Sequence[Run]) -> list[Row]:
         raise ValueError(f"{folder}: expected test/ndcg@10 in summary.json, got none; run with test.enabled=true")
     for key in keys:
         language = key.partition("test/ndcg@10/")[2] or "all"
-        values = {head: [float(run.summary[key]) for run in study if run.head == head] for head in _heads(study)}
+        values = {head: [_figure(run, key) for run in study if run.head == head] for head in _heads(study)}
         about = {"dataset": study[0].dataset, "model": study[0].model, "language": language}
         for run in study:
             row: Row = {"row": "run"} | about | {"head": run.head, "seed": run.seed, "ndcg@10": run.summary[key]}
@@ -110,6 +110,19 @@ def quality_rows(study: Sequence[Run]) -> list[Row]:
             verdict = {"row": "verdict"} | about | {"head": head} | compare(values[BASELINE], values[head])
             rows.append(verdict | _machine(study[0]))
     return rows
+
+
+def _figure(run: Run, key: str) -> float:
+    """A measure of a run.
+
+    Raises:
+        ValueError: if the run has none.
+    """
+    figure = run.number(key)
+    if figure is None:
+        got = run.summary.get(key)
+        raise ValueError(f"{run.folder}: expected a number for {key} in summary.json, got {got}; run it again")
+    return figure
 
 
 def loss_rows(study: Sequence[Run], rtol: float) -> list[Row]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from hydra.core.global_hydra import GlobalHydra
 
 from lightning_modules.launch import main as launch
+from lightning_modules.sweeps import INTERRUPTED
 from train import train
 
 XLMR, BERT = "model=xlmr", "model=bert"
@@ -59,21 +60,26 @@ def run(arguments: list[str]) -> int:
 
 
 def main() -> int:
-    """Runs the jobs chosen; a failing one does not stop the others. Returns how many failed."""
+    """Runs the jobs chosen; a failing one does not stop the others, Ctrl-C does. Returns how many failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("  ")[0])
     parser.add_argument("out", type=Path, help="a folder; each run gets one of its own in it")
     parser.add_argument("--jobs", default="", metavar="REGEX", help="only those whose name it is found in")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     options, further = parser.parse_known_args()
-    chosen = [name for name in JOBS if re.search(options.jobs, name)]
+    try:
+        chosen = [name for name in JOBS if re.search(options.jobs, name)]
+    except re.error as error:
+        parser.error(f"--jobs: expected a regular expression, got {options.jobs!r}: {error}; see --list")
     if not chosen:
         parser.error(f"--jobs: expected a part of one of {', '.join(JOBS)}, got {options.jobs!r}")
     failed = 0
     for name in chosen:
         arguments = arguments_of(name, options.out, further)
         print(f"$ python train.py {shlex.join(arguments)}", flush=True)
-        if not options.list:
-            failed += run(arguments) != 0
+        status = 0 if options.list else run(arguments)
+        if status == INTERRUPTED:
+            return INTERRUPTED
+        failed += status != 0
     return failed
 
 

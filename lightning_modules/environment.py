@@ -17,12 +17,12 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-t
 
 
 def environment() -> dict[str, str | None]:
-    """Returns versions, the device's name, the commit (None where nothing tells it) and the date in UTC."""
+    """Returns versions, device, the allocator's options, the commit (None where nothing tells it), the date in UTC."""
     versions = {f"{name}_version": _version(name) for name in PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"python_version": platform.python_version()} | versions | {
-        "device": device, "commit": _commit(), "date": date
+        "device": device, "alloc_conf": _alloc_conf(), "commit": _commit(), "date": date
     }  # fmt: skip
 
 
@@ -64,6 +64,11 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _alloc_conf() -> str | None:
+    """The options of PyTorch's CUDA allocator, which decide with the limit what fits; under its new name or its old."""
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or None
 
 
 def _commit() -> str | None:

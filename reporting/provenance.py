@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -17,7 +18,7 @@ WORDS = {
     UNFINISHED: "left no summary: still running, or killed (by the system, for memory or time)",
 }
 MACHINE = {
-    "device": "device", "python_version": "Python", "torch_version": "torch", "triton_version": "triton",
+    "device": "device", "alloc_conf": "allocator", "python_version": "Python", "torch_version": "torch", "triton_version": "triton",
     "lightning_version": "lightning", "transformers_version": "transformers", "commit": "commit",
 }  # fmt: skip
 
@@ -88,7 +89,8 @@ def commands(runs: Iterable[Run]) -> list[str]:
     """A command for each sweep, with commas where its runs differ; one for each run where they are no product."""
     sweeps: dict[object, list[list[tuple[str, str]]]] = {}
     for run in runs:
-        pairs = [(line.partition("=")[0], line.partition("=")[2]) for line in run.overrides]
+        # What deletes a key (~callbacks.memory) has no value, and no sign before it.
+        pairs = [(name + sign, value) for name, sign, value in (line.partition("=") for line in run.overrides)]
         if pairs or run.config:
             place = PurePath(run.name).parent if len(PurePath(run.name).parts) > 1 else PurePath()
             sweeps.setdefault((place, tuple(name for name, _ in pairs)), []).append(pairs)
@@ -101,10 +103,10 @@ def commands(runs: Iterable[Run]) -> list[str]:
         distinct = {tuple(pairs) for pairs in members}
         if count == len(distinct) and not any("," in value for column in values if len(column) > 1 for value in column):
             names = [name for name, _ in members[0]]
-            words = [f"{name}={','.join(column)}" for name, column in zip(names, values, strict=True)]
-            lines.append(" ".join(["python train.py", *(["-m"] if count > 1 else []), *words]))
+            words = [name + ",".join(column) for name, column in zip(names, values, strict=True)]
+            lines.append(shlex.join(["python", "train.py", *(["-m"] if count > 1 else []), *words]))
         else:
-            lines += [" ".join(["python train.py", *("=".join(pair) for pair in pairs)]) for pairs in sorted(distinct)]
+            lines += [shlex.join(["python", "train.py", *map("".join, pairs)]) for pairs in sorted(distinct)]
     return [hide_paths(line) for line in dict.fromkeys(lines)]
 
 

@@ -118,7 +118,8 @@ def seeds_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | No
     table = Table("Quality on the test split, mean over seeds", heads, lines, frozenset(starts))
     note = (
         "Equal is within the spread of the seeds: means that differ by at most two pooled standard deviations over the"
-        " same seeds (the column allowed). Untrained and BM25 are nDCG@10 of the model before training and of BM25."
+        " same seeds (the column allowed). Undecided: so much is allowed, more than a tenth of the naive head's mean, that it"
+        " would hide a real difference (one seed collapsed, for example). Untrained and BM25 are nDCG@10 of the model before training and of BM25."
     )
     blocks: list[Block] = [stated(found, beside=titles), table, note]
     for group, where in zip(found, names(found), strict=True):
@@ -172,7 +173,7 @@ def _verdict(values: Mapping[str, Mapping[Any, float]], label: str) -> dict[str,
     both = sorted(set(values[base]) & set(values[label]), key=str)
     if not both:
         return {"verdict": "no seed in common with the naive head"}
-    return compare([values[base][seed] for seed in both], [values[label][seed] for seed in both])
+    return compare(*([values[of][seed] for seed in both] for of in (base, label))) | {"seeds": len(both)}
 
 
 def verdicts(runs: Sequence[Run], named: Mapping[str, str]) -> list[tuple[str, str, dict[str, Any], int]]:
@@ -185,7 +186,7 @@ def verdicts(runs: Sequence[Run], named: Mapping[str, str]) -> list[tuple[str, s
             verdict = _verdict(values, label)
             if verdict.get("allowed") is not None:
                 where = name or f"{group.runs[0].dataset}, {group.runs[0].model}"
-                told_all.append((where, label, verdict, len(values[label])))
+                told_all.append((where, label, verdict, verdict["seeds"]))
     return told_all
 
 

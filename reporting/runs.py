@@ -236,8 +236,12 @@ def read_overrides(folder: Path) -> tuple[str, ...]:
 
 
 def read_losses(path: Path) -> dict[int, float]:
-    """Step to training loss, NaN and infinities included, from ``metrics.csv``; empty where there are none."""
-    return {int(row["step"]): float(row["train/loss"]) for row in _rows(path) if row.get("train/loss")}
+    """Step to training loss, NaN and infinities included, from ``metrics.csv``; empty where there are none.
+
+    A row that was cut off, by a full disk or a killed process, is left out.
+    """
+    cells = ((row.get("step"), row.get("train/loss")) for row in _rows(path))
+    return {int(step): float(loss) for step, loss in cells if step and loss}
 
 
 def hide_paths(text: str) -> str:

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 
 EQUAL = "equal within the spread of the seeds"
+UNDECIDED = "undecided: the seeds spread too widely to tell"
+WIDE = 0.1  # of the baseline's mean: where the seeds allow a larger difference, one that they hide is no equality
 
 
 def compare(baseline: Sequence[float], other: Sequence[float]) -> dict[str, float | str | None]:
@@ -15,12 +17,19 @@ def compare(baseline: Sequence[float], other: Sequence[float]) -> dict[str, floa
     Equal within the spread of the seeds are means that differ by at most ``allowed``, two pooled standard deviations
     over the seeds: ``2 sqrt((var_baseline + var_other) / 2)`` for as many seeds each, with the sample variance. With
     three seeds that is a little stricter than Student's t-test at the 5% level (2.27 of them).
+
+    Where ``allowed`` is more than ``WIDE`` of the baseline's mean (a seed collapsed, or all of them are bad), a
+    difference within it shows nothing: the verdict is that there is none.
     """
-    difference = statistics.fmean(other) - statistics.fmean(baseline)
+    mean = statistics.fmean(baseline)
+    difference = statistics.fmean(other) - mean
     if len(baseline) < 2:
         return {"difference": difference, "allowed": None, "verdict": "one seed: no spread to compare with"}
     allowed = 2 * math.sqrt((deviation(baseline) ** 2 + deviation(other) ** 2) / 2)
-    verdict = EQUAL if abs(difference) <= allowed else f"not {EQUAL}"
+    if abs(difference) > allowed:
+        verdict = f"not {EQUAL}"
+    else:
+        verdict = EQUAL if allowed <= WIDE * abs(mean) else UNDECIDED
     return {"difference": difference, "allowed": allowed, "verdict": verdict}
 
 

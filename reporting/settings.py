@@ -31,11 +31,11 @@ class Group:
 
 
 def groups(runs: Iterable[Run], free: Sequence[str]) -> list[Group]:
-    """Puts together what can be compared, in the order of the runs; never runs of two devices."""
+    """Puts together what can be compared, in the order of the runs; never of two devices or allocators."""
     found: dict[object, list[Run]] = {}
     for run in runs:
         fixed = sorted((name, repr(v)) for name, v in run.identity.items() if not name.startswith(tuple(free)))
-        machine = (str(run.summary.get("device")), run.batch_unit)
+        machine = (str(run.summary.get("device")), run.summary.get("alloc_conf"), run.batch_unit)
         found.setdefault((machine, tuple(fixed)), []).append(run)
     return sorted((Group(tuple(members), tuple(free)) for members in found.values()), key=_rank)
 
@@ -56,8 +56,9 @@ def labels(runs: Sequence[Run]) -> dict[str, str]:
     differ = len(set().union(*modes.values())) > 1
     named = {}
     for run in runs:
-        # A failed run doesn't say how its backbone would have run: as the others with its head, where these agree.
-        likely = modes.get(run.head, set())
+        # A failed run doesn't say how its backbone would have run: as it was told to, or as the others with its head,
+        # where these agree.
+        likely = {"padded"} if run.settings.get(PACKED[0]) is False else modes.get(run.head, set())
         mode = run.summary.get("packed") or (next(iter(likely)) if len(likely) == 1 else None)
         named[run.name] = f"{run.head} ({mode})" if differ and mode else run.head
     return named
@@ -158,6 +159,7 @@ SETTINGS: dict[str, Callable[[Run], Any]] = {
     "batch": _batch,
     "memory limit": _limit,
     "device": lambda run: run.summary.get("device"),
+    "allocator": lambda run: run.summary.get("alloc_conf"),
 }
 
 

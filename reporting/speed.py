@@ -136,7 +136,14 @@ def largest_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | 
     found = [g for g in own_largest(runs, named) if any(run.largest for run in g.runs)]
     if not found:
         return None
-    unit = found[0].runs[0].batch_unit
+    section = Section("Largest batch")
+    for unit in dict.fromkeys(group.runs[0].batch_unit for group in found):
+        section.blocks += _largest_blocks([group for group in found if group.runs[0].batch_unit == unit], named, unit)
+    return section
+
+
+def _largest_blocks(found: Sequence[Group], named: Mapping[str, str], unit: str) -> list[Block]:
+    """Bars and table of batches that are counted in one unit."""
 
     def read(entry: Entry, base: Entry | None) -> list[Any]:
         return [
@@ -152,7 +159,7 @@ def largest_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | 
         Column("peak reserved, GiB"), Column("limit, GiB"), Column("tries"), Column("search, s"),
     )  # fmt: skip
     table = Table("Largest batch whose whole training step fits, as find_batch found it", heads, lines, starts)
-    return Section("Largest batch", [_settings(found), *_largest_picture(found, named, unit), table])
+    return [_settings(found), *_largest_picture(found, named, unit), table]
 
 
 def _largest_picture(found: Sequence[Group], named: Mapping[str, str], unit: str) -> list[Block]:
@@ -172,7 +179,8 @@ def _largest_picture(found: Sequence[Group], named: Mapping[str, str], unit: str
     said = "; ".join(f"{name}: " + ", ".join(f"{la} {no}" for la, no in notes[name].items()) for name in notes)
     caption = f"Largest batch of each head, in {unit}, on a logarithmic axis; in brackets the ratio to the naive head."
     drawing = figures.bars(bars, notes, f"largest batch, {unit}")
-    return [Picture("largest_batch", caption, f"Bars of the largest batch by head. {said}.", drawing)]
+    stem = "largest_batch" if unit == "queries" else f"largest_batch_{unit}"
+    return [Picture(stem, caption, f"Bars of the largest batch by head. {said}.", drawing)]
 
 
 def throughput_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
@@ -260,7 +268,7 @@ def _parts_blocks(found: Sequence[Group], named: Mapping[str, str], name: str, w
     for group, where in zip(found, names(found), strict=True):
         for label, entry in entries(group, named).items():
             if entry.parts and entry.samples:
-                bar = (f"{where}\n" if where else "") + f"{label}, batch {plain(entry.batch)}"
+                bar = (f"{where}\n" if where else "") + f"{label}, batch {plain(entry.batch or entry.samples)}"
                 split = {part: value / entry.samples for part, value in entry.parts.items()}
                 bars.append((bar, split, f"head {split['head'] / sum(split.values()):.0%}"))
     if not bars:

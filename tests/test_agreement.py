@@ -83,6 +83,15 @@ def test_another_quality_is_not_equal(tmp_path):
     assert verdicts == dict.fromkeys(("all", "de"), "not equal within the spread of the seeds")
 
 
+def test_a_seed_that_collapsed_makes_nothing_equal(tmp_path):
+    """The spread that one bad seed brings would allow any difference."""
+    write_study(tmp_path, {1: 0.80, 2: 0.83, 3: 0.10})
+    status, quality, _ = tables(tmp_path)
+    assert status == 1
+    verdicts = {row["language"]: row["verdict"] for row in quality if row["row"] == "verdict"}
+    assert verdicts == dict.fromkeys(("all", "de"), "undecided: the seeds spread too widely to tell")
+
+
 @pytest.mark.parametrize("other", [(2.0, 1.02), (2.0, math.nan), (2.0, math.inf)])
 def test_another_loss_does_not_agree(tmp_path, other):
     write_study(tmp_path, NAIVE, losses=other)
@@ -112,6 +121,7 @@ def test_one_seed_has_no_spread(tmp_path):
         ({"seed": 1}, "the same dataset, model, head and seed as"),
         ({"lr": 2e-3}, "got other values of optimizer.lr; compare runs of one experiment"),
         ({}, "expected the head naive and another one with the same seeds"),
+        ({"seed": 3, "quality": math.nan}, "expected a number for test/ndcg@10 in summary.json, got nan"),
         ({"seed": 3, "losses": (2.0,)}, "expected losses of 2 steps as in the others"),
         ({"seed": 3, "losses": ()}, "expected a column train/loss with numbers"),
     ],

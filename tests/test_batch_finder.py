@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from data_helpers import write_collection
+from hydra.errors import InstantiationException
 from test_train import SMALL, configuration, losses
 
 import train
@@ -143,10 +144,29 @@ def test_a_budget_of_tokens_up_to_the_whole_epoch(folder, tmp_path, monkeypatch,
     assert "all that an epoch has" in printed and " 1 batches an epoch" in printed
 
 
+@pytest.mark.parametrize(("head", "padded"), [("naive", True), ("tiled", False)])
+def test_a_head_that_pads_is_tried_with_the_longest_pair(folder, tmp_path, monkeypatch, head, padded):
+    """Also where the backbone is packed, which costs what the tokens do."""
+    spend_memory_above(4, monkeypatch)
+    asked, costliest = [], BatchPlan.costliest
+
+    def noted(plan, *, padded):
+        asked.append(padded)
+        return costliest(plan, padded=padded)
+
+    monkeypatch.setattr(BatchPlan, "costliest", noted)
+    packed = ["model.packed=true", "model.attention_dropout=0", f"head={head}", "callbacks=none"]
+    short = ["trainer.max_steps=1", "trainer.val_check_interval=1", "find_batch=true"]
+    module, data, trainer = train.build(configuration(tmp_path, *RUN, f"data.path={folder}", *packed, *short))
+    trainer.fit(module, data)
+    assert set(asked) == {padded}
+
+
 def test_other_errors_are_raised_and_nothing_fits_is_one_line(folder, tmp_path, monkeypatch):
     cfg = configuration(tmp_path, *RUN, f"data.path={folder}", "find_batch=true", "batch.size=3")
-    with pytest.raises(ValueError, match="find_batch=true: expected a CUDA device, whose allocator .* got cpu"):
-        train.train(cfg)
+    # Without any GPU while the run is put together, on the CPU beside one when training starts.
+    with pytest.raises((InstantiationException, ValueError), match="expected a CUDA device, whose allocator .* got cpu"):
+        (train.train if torch.cuda.is_available() else train.build)(cfg)
     with monkeypatch.context() as patch:
         spend_memory_above(0, patch, "CUDA out of memory.\nTried a lot")
         with pytest.raises(ValueError, match=r"for a batch of one pair, got CUDA out of memory. Tried a lot; .*"):

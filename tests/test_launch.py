@@ -175,9 +175,12 @@ def test_summary_is_flat_whole_and_valid_json(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == ["summary.json"]
 
 
-def test_environment_names_versions_and_device() -> None:
+def test_environment_names_versions_and_device(monkeypatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     found = environment()
     assert found["torch_version"] and found["lightning_version"] and found["device"]
+    assert found["alloc_conf"] == "expandable_segments:True"
     assert {"python_version", "triton_version", "transformers_version", "commit", "date"} <= set(found)
 
 

@@ -82,6 +82,16 @@ def test_quality_over_seeds(built):
     assert [row["language"] for row in table(built, "nDCG@10 by language")] == ["de", "de", "en", "en"]
 
 
+def test_quality_is_compared_over_the_seeds_that_both_have(tmp_path):
+    for head, seeds in (("naive", (1, 2)), ("sparton", (1, 2, 3))):
+        for seed in seeds:
+            known = {"test/ndcg@10": 0.8 + 0.01 * seed}
+            real = {"data": {"_target_": "BeirDataModule", "path": "xquad"}}
+            write_run(tmp_path / f"{head}{seed}", head, known, changes=real, seed=seed)
+    (line,) = build(*read_runs([tmp_path])).findings
+    assert "over 2 seeds is equal" in line and "(+0.0000" in line
+
+
 def test_every_section_and_figure_is_there(built):
     assert [section.title for section in built.sections] == [
         "Largest batch", "Throughput and memory", "Against batch size", "Against sequence length", "Against vocabulary",
@@ -113,7 +123,10 @@ def test_settings_stand_beside_the_figures(built):
 
 @pytest.mark.parametrize(
     "other",
-    [{"summary": {"device": "another card"}}, {"changes": {"optimizer.lr": 2e-3}}, {"changes": {"batch.size": 9}}],
+    [
+        {"summary": {"device": "another card"}}, {"summary": {"alloc_conf": "expandable_segments:True"}},
+        {"changes": {"optimizer.lr": 2e-3}}, {"changes": {"batch.size": 9}},
+    ],  # fmt: skip
 )
 def test_what_differs_is_never_set_against_each_other(tmp_path, other):
     write_run(tmp_path / "naive", "naive", speed(8, 100, 100))
@@ -142,6 +155,8 @@ def test_the_label_says_how_the_backbone_ran_only_where_that_differs():
     same = [run("a", "naive", "padded"), run("b", "sparton", "padded")]
     assert settings.labels(same) == {"a": "naive", "b": "sparton"}
     both = [*same, run("c", "sparton", "varlen"), Run("d", None, {}, {"head.name": "naive"}, {"status": "failed"})]
+    told = Run("e", None, {}, {"head.name": "naive", "model.packed": False}, {"status": "failed"})
+    assert settings.labels([*both, run("f", "naive", "varlen"), told])["e"] == "naive (padded)"
     named = settings.labels(both)
     assert named == {"a": "naive (padded)", "b": "sparton (padded)", "c": "sparton (varlen)", "d": "naive (padded)"}
     assert settings.in_order(named.values()) == ["naive (padded)", "sparton (padded)", "sparton (varlen)"]
@@ -154,9 +169,11 @@ def test_commands_join_sweeps_and_hide_local_paths(tmp_path):
         write_run(tmp_path / f"full/{place}", head, overrides=said)
     for place, head in enumerate(("naive", "tiled")):  # no product: only the diagonal
         write_run(tmp_path / f"part/{place}", head, overrides=[f"head={head}", f"seed={place}"])
+    write_run(tmp_path / "single/0", "naive", overrides=["~callbacks.memory", "experiment=[a,b]", "head=naive"])
     assert commands(read_runs([tmp_path])[0]) == [
         "python train.py -m head=naive,tiled seed=1,2 data.lengths=…/l.csv",
         "python train.py head=naive seed=0", "python train.py head=tiled seed=1",
+        "python train.py '~callbacks.memory' 'experiment=[a,b]' head=naive",
     ]  # fmt: skip
     assert [run.name for run in unique([*read_runs([tmp_path])[0][:1]] * 2)] == ["full/0", "full/0 #2"]
     assert hide_paths("no /home/me/x y.csv, see https://a.b/c/d 1/2") == "no …/x y.csv, see https://a.b/c/d 1/2"
@@ -196,6 +213,28 @@ def test_a_corrupt_file_is_said_and_skipped(tmp_path, capsys):
     assert [line.split(":")[0] for line in said.err.splitlines()] == ["csv", "cut", "list", "said", "yaml"]
     assert "expected JSON" in said.err and "2 runs, 2 finished" in said.out
     assert "cut: skipped, summary.json: expected JSON" in (tmp_path / "report.md").read_text()
+
+
+def test_a_cut_off_file_of_losses_and_a_run_without_its_configuration(tmp_path):
+    (write_run(tmp_path / "cut", "naive", {}) / "metrics.csv").write_text("train/loss,step\n2.0,0\n1.5")
+    (write_run(tmp_path / "other", "naive", {}) / "metrics.csv").write_text("train/loss,time\n2.0,0\n")
+    (write_run(tmp_path / "bare", "naive", speed(8, 100, 100)) / ".hydra/config.yaml").unlink()
+    runs, problems = read_runs([tmp_path])
+    assert {run.name: run.losses for run in runs} == {"bare": {}, "cut": {0: 2.0}, "other": {}} and not problems
+    page = build([run for run in runs if run.name == "bare"])
+    assert "batch 8:" in next(picture.alt for picture in blocks(page, Picture) if picture.name == "step_same")
+
+
+def test_pairs_and_tokens_never_share_a_table(tmp_path):
+    for head in ("naive", "sparton"):
+        for unit, asked in (("size", {}), ("tokens", {"batch.tokens": 500})):
+            found = speed(10, 100, 100) | {f"find_batch/{unit}": 10 if unit == "size" else 4000}
+            write_run(tmp_path / f"{head}_{unit}", head, found, find_batch=True, changes=asked)
+    page = build(*read_runs([tmp_path]))
+    titles = [column.title for block in blocks(page, Table)[:2] for column in block.columns]
+    assert [title for title in titles if "batch" in title] == ["largest batch, queries", "largest batch, tokens"]
+    names = [picture.name for picture in blocks(page, Picture)]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize(

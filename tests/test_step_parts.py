@@ -158,6 +158,14 @@ def test_what_cannot_be_split_is_not_recorded():
     assert parts._take(None) is None
 
 
+def test_an_experiment_with_settings_for_callbacks_that_are_left_out(tmp_path):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [f"paths.output_dir={tmp_path}", "experiment=throughput", "model=tiny", "callbacks=none",
+                                "trainer=cpu", "logger=csv"])  # fmt: skip
+    kinds = {type(callback).__name__ for callback in train.build(cfg)[2].callbacks}
+    assert "BatchFinder" in kinds and not kinds & {"DictConfig", "PeakMemory", "Throughput", "StepParts"}
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -47,7 +47,7 @@ class BatchFinder(Callback):
     """Before training, finds the largest batch that fits, and makes the training batches so large.
 
     Each try takes two whole training steps (forward and backward pass, clipping, optimizer) on the costliest batch of
-    the first epoch, were its batches so large: the one with the most tokens or, where the backbone is padded, with the
+    the first epoch, were its batches so large: the one with the most tokens or, where backbone or head pads, with the
     longest pair. It begins with the memory that training begins with; what it changed is put back, so that the run is
     the same as one with the found batch given. With several processes the smallest of their answers counts. Where the
     data has a budget of tokens, the budget is what is found.
@@ -62,8 +62,8 @@ class BatchFinder(Callback):
         ckpt_path: the checkpoint that the run resumes from: there must be none, as its position counts batches.
 
     Raises:
-        ValueError: for an argument outside of these; when training starts, where even the smallest batch doesn't fit
-            and where the finder can't run.
+        ValueError: for an argument outside of these, and without CUDA; when training starts, where even the smallest
+            batch doesn't fit and where the finder can't run.
     """
 
     DEVICES = ("cuda",)
@@ -88,6 +88,8 @@ class BatchFinder(Callback):
                 f"find_batch=true: expected a run from its start, got ckpt_path={ckpt_path}; a checkpoint counts"
                 " batches, so resume with find_batch=false and the run's own batch (find_batch/... in its summary.json)"
             )
+        if enabled and not torch.cuda.is_available():  # before anything is evaluated
+            self._check_device("cpu")
         self.output_dir = Path(output_dir)
         self.enabled = enabled
         self.limit_gib = limit_gib
@@ -104,7 +106,7 @@ class BatchFinder(Callback):
         limit = self._limit(pl_module.device)
         self._say(trainer, f"find_batch: from {data.batch_amount} ({_words(unit)}) on, within {_gib(limit)}")
         with trainer.precision_plugin.train_step_context():  # how the backbone runs depends on autocast
-            padded = pl_module.encoder.packed == "padded"
+            padded = pl_module.encoder.packed == "padded" or pl_module.encoder.head.pads
         tries: dict[int, Outcome] = {}
 
         with Trials(trainer, pl_module) as trials:
@@ -155,15 +157,18 @@ class BatchFinder(Callback):
         return dict(self._summary)
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
-        if module.device.type not in self.DEVICES:
-            raise ValueError(
-                f"find_batch=true: expected a CUDA device, whose allocator says what fits, got {module.device};"
-                " set batch.size= there"
-            )
+        self._check_device(module.device.type)
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(
                 "find_batch=true: expected one device or trainer.strategy=ddp, got"
                 f" {type(trainer.strategy).__name__}; set batch.size= there"
+            )
+
+    def _check_device(self, kind: str) -> None:
+        if kind not in self.DEVICES:
+            raise ValueError(
+                f"find_batch=true: expected a CUDA device, whose allocator says what fits, got {kind};"
+                " set batch.size= there"
             )
 
     def _limit(self, device: torch.device) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from datamodules.collate import TextBatch
@@ -61,6 +62,7 @@ def _error(trained: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> 
     return (difference / sum(value.square().sum() for value in exact.values())).sqrt().item()
 
 
+@pytest.mark.timeout(900)  # a step takes the interpreter three seconds, on a busy machine eight
 def test_same_losses_and_parameters(device):
     size = FULL if device.type == "cuda" else SMALL
     naive_losses, naive = _train("naive", size, device)

@@ -22,7 +22,8 @@ SIDES = ("query", "doc")
 class SparseRetriever(L.LightningModule):
     """Trains a :class:`SparseEncoder` with a ranking loss and a sparsity regulariser on each side.
 
-    Queries and documents of a step go through the head together, in one call; also through the backbone where it is packed.
+    Queries and documents of a step go through the head in one call (one that pads takes each side apart), and through the
+    backbone where it is packed.
 
     Args:
         encoder: backbone and head.

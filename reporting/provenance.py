@@ -11,15 +11,16 @@ from typing import Any
 from reporting.document import Column, Commands, Points, Section, Table
 from reporting.runs import UNFINISHED, Run, hide_paths
 from reporting.settings import precision
-from reporting.speed import MIB
+from reporting.speed import MIB_IN_GIB
 
 WORDS = {
     "interrupted": "stopped by Ctrl-C or a signal",
     UNFINISHED: "left no summary: still running, or killed (by the system, for memory or time)",
 }
 MACHINE = {
-    "device": "device", "alloc_conf": "allocator", "python_version": "Python", "torch_version": "torch", "triton_version": "triton",
-    "lightning_version": "lightning", "transformers_version": "transformers", "commit": "commit",
+    "device": "device", "alloc_conf": "allocator", "python_version": "Python", "torch_version": "torch",
+    "triton_version": "triton", "lightning_version": "lightning", "transformers_version": "transformers",
+    "commit": "commit",
 }  # fmt: skip
 
 
@@ -120,8 +121,8 @@ def all_runs_section(runs: Sequence[Run]) -> Section:
             run.settings.get("model.config.vocab_size"), run.settings.get("model.max_doc_length"), precision(run),
             run.settings.get("model.gradient_checkpointing"), run.largest or (None if run.searched else run.batch),
             run.settings.get("seed"), run.settings.get("flops_weight"), run.number("perf/step_ms"),
-            run.number("perf/samples_per_sec"), None if memory is None else memory / MIB, run.number("test/ndcg@10"),
-            run.number("test/active_dims_doc"),
+            run.number("perf/samples_per_sec"), None if memory is None else memory / MIB_IN_GIB,
+            run.number("test/ndcg@10"), run.number("test/active_dims_doc"),
         ])  # fmt: skip
     columns = [
         Column("run", False), Column("status", False), Column("model", False), Column("head", False),

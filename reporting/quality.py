@@ -91,10 +91,9 @@ def sparsity_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section |
 
 def seeds_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | None:
     """Mean quality of each head over its seeds, and whether it equals the naive head's; then language by language."""
-    found = groups([run for run in runs if run.finished and run.number(NDCG) is not None], PACKED)
+    found = _judged(runs)
     if not found:
         return None
-    found = _with_seeds(found)
     titles, told = columns(found), differing(found)[1]
     lines, starts = [], set()
     for group, one in zip(found, told, strict=True):
@@ -118,8 +117,9 @@ def seeds_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | No
     table = Table("Quality on the test split, mean over seeds", heads, lines, frozenset(starts))
     note = (
         "Equal is within the spread of the seeds: means that differ by at most two pooled standard deviations over the"
-        " same seeds (the column allowed). Undecided: so much is allowed, more than a tenth of the naive head's mean, that it"
-        " would hide a real difference (one seed collapsed, for example). Untrained and BM25 are nDCG@10 of the model before training and of BM25."
+        " same seeds (the column allowed). Undecided: so much is allowed, more than a tenth of the naive head's mean,"
+        " that it would hide a real difference (one seed collapsed, for example). Untrained and BM25 are nDCG@10 of the"
+        " model before training and of BM25."
     )
     blocks: list[Block] = [stated(found, beside=titles), table, note]
     for group, where in zip(found, names(found), strict=True):
@@ -178,7 +178,7 @@ def _verdict(values: Mapping[str, Mapping[Any, float]], label: str) -> dict[str,
 
 def verdicts(runs: Sequence[Run], named: Mapping[str, str]) -> list[tuple[str, str, dict[str, Any], int]]:
     """For the top of the page: study, label, comparison with the naive head and number of seeds."""
-    found = _with_seeds(groups([run for run in runs if run.finished and run.number(NDCG) is not None], PACKED))
+    found = _judged(runs)
     told_all = []
     for group, name in zip(found, names(found) if found else [], strict=True):
         values = _values(group, named, NDCG)
@@ -188,6 +188,11 @@ def verdicts(runs: Sequence[Run], named: Mapping[str, str]) -> list[tuple[str, s
                 where = name or f"{group.runs[0].dataset}, {group.runs[0].model}"
                 told_all.append((where, label, verdict, verdict["seeds"]))
     return told_all
+
+
+def _judged(runs: Sequence[Run]) -> list[Group]:
+    """Studies of finished runs whose quality was measured."""
+    return _with_seeds(groups([run for run in runs if run.finished and run.number(NDCG) is not None], PACKED))
 
 
 def _with_seeds(found: Sequence[Group]) -> list[Group]:

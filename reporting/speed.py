@@ -23,7 +23,7 @@ from reporting.settings import (
     stated,
 )  # fmt: skip
 
-MIB = 1024
+MIB_IN_GIB = 1024
 PARTS = ("backbone", "head", "loss", "optimizer", "other")
 BARS = 18  # as many as a figure has room for
 RATE = "perf/samples_per_sec"
@@ -148,7 +148,7 @@ def _largest_blocks(found: Sequence[Group], named: Mapping[str, str], unit: str)
     def read(entry: Entry, base: Entry | None) -> list[Any]:
         return [
             entry.note or entry.batch, against(entry.batch, base and base.batch),
-            entry.mean("find_batch/peak_reserved_mib", MIB), entry.mean("find_batch/limit_gib"),
+            entry.mean("find_batch/peak_reserved_mib", MIB_IN_GIB), entry.mean("find_batch/limit_gib"),
             entry.mean("find_batch/tries"),
             entry.mean("find_batch/seconds"),
         ]  # fmt: skip
@@ -197,8 +197,8 @@ def throughput_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section
             return [
                 entry.batch, entry.note or entry.mean("perf/step_ms"), entry.mean(RATE),
                 against(entry.mean(RATE), base and base.mean(RATE)), entry.mean("perf/tokens_per_sec"),
-                entry.mean(memory, MIB), less, entry.mean("perf/peak_mem_reserved_mib", MIB),
-                entry.mean("perf/peak_rss_mib", MIB), len(entry.runs) if len(entry.runs) > 1 else None,
+                entry.mean(memory, MIB_IN_GIB), less, entry.mean("perf/peak_mem_reserved_mib", MIB_IN_GIB),
+                entry.mean("perf/peak_rss_mib", MIB_IN_GIB), len(entry.runs) if len(entry.runs) > 1 else None,
             ]  # fmt: skip
 
         titles, lines, starts = rows(found, named, read)

@@ -10,7 +10,7 @@ from reporting.document import Block, Picture, Section, plain
 from reporting.figures import Panel
 from reporting.runs import Run, number
 from reporting.settings import BATCH, FOUND, LENGTH, PACKED, VOCABULARY, Group, groups, in_order, names, stated
-from reporting.speed import MIB, RATE, Entry, entries, with_rivals
+from reporting.speed import MIB_IN_GIB, RATE, Entry, entries, with_rivals
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Quantity:
 
 # Not the process's memory on the CPU: what earlier runs of a sweep took counts there.
 QUANTITIES = (
-    Quantity("peak allocated, GiB", lambda e: e.mean("perf/peak_mem_allocated_mib", MIB)),
+    Quantity("peak allocated, GiB", lambda e: e.mean("perf/peak_mem_allocated_mib", MIB_IN_GIB)),
     Quantity("samples/s", lambda e: e.mean(RATE)),
 )
 
@@ -125,7 +125,7 @@ def _tries(runs: Sequence[Run], named: Mapping[str, str]) -> list[Block]:
             for row in run.tries:
                 size, peak = number(row.get("size") or row.get("tokens")), number(row.get("peak_reserved_mib"))
                 if size and peak and str(row.get("fits")).lower() in ("true", "1"):
-                    lines.setdefault(named[run.name], {})[size] = peak / MIB
+                    lines.setdefault(named[run.name], {})[size] = peak / MIB_IN_GIB
         if lines:
             points = {label: list(line.items()) for label, line in lines.items()}
             unit = group.runs[0].batch_unit

@@ -32,9 +32,9 @@ class StepParts(StepClock):
 
     Losses and regularisers are one part. Where weights are shared with the embedding, adding up the two gradients
     belongs to the backbone; under DDP so does what is left of the reduction. ``perf/head_share`` is the head's share of
-    the step. Calls of the head on each side apart are one part, from the first call to the end of the last, and back. Only
-    steps with gradients down to the head's input are counted: nothing is recorded in validation, and nothing where the
-    backbone is frozen.
+    the step. Calls of the head on each side apart are one part, from the first call to the end of the last, and back.
+    Only steps with gradients down to the head's input are counted: nothing is recorded in validation, and nothing where
+    the backbone is frozen.
     """
 
     _hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()

@@ -22,7 +22,7 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lightning_modules.environment import environment, resolve_precision
+from lightning_modules.environment import environment, resolve_precision, use_expandable_segments
 from lightning_modules.errors import chain, drop_frames
 from lightning_modules.overrides import check_overrides, one_line
 from lightning_modules.resolvers import CONF, register_resolvers
@@ -112,6 +112,7 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
     """
     register_resolvers()
     _quieten()
+    use_expandable_segments()
     # Hydra then hands its own errors on, instead of printing several lines and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     jobs = _Jobs(task)

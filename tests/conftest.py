@@ -13,6 +13,10 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from lightning_modules.environment import use_expandable_segments
+
+use_expandable_segments()  # as train.py does
+
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from lightning_modules import environment as environment_module
+from lightning_modules.environment import use_expandable_segments
 from lightning_modules.errors import drop_frames
 from lightning_modules.launch import _clean_up, environment, resolve_precision, write_summary
 from lightning_modules.overrides import check_overrides
@@ -182,6 +183,19 @@ def test_environment_names_versions_and_device(monkeypatch) -> None:
     assert found["torch_version"] and found["lightning_version"] and found["device"]
     assert found["alloc_conf"] == "expandable_segments:True"
     assert {"python_version", "triton_version", "transformers_version", "commit", "date"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("given", "gpu", "expected"),
+    [({}, True, "expandable_segments:True"), ({}, False, None), ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, True, "a:1")],
+)
+def test_segments_grow_on_a_gpu_unless_the_environment_says_otherwise(given, gpu, expected, monkeypatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, given.get(name, ""))  # the environment is put back after the test
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("sys.platform", "linux")
+    use_expandable_segments()
+    assert environment_module._alloc_conf() == expected
 
 
 def test_precision_on_the_cpu() -> None:

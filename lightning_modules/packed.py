@@ -177,7 +177,7 @@ def pooled_rows(model: PreTrainedModel, batches: Sequence[TextBatch], mode: str,
         attention_mask=positions[None, None],  # transformers builds no mask where it gets one of four dimensions
         packed_texts=texts,
     )
-    hidden = decoder_input(output)[0]
+    hidden = decoder_input(output).squeeze(0)
     everything = sum(index.shape[0] for index in pooled) == tokens
     return hidden if everything else hidden.index_select(0, _cat(pooled))
 
@@ -230,7 +230,7 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, texts: PackedTexts, scale: float | None, window: int | None
 ) -> Tensor:
     # Of what the projections wrote, (S, H, D), transformers handed over a transposed view: this is no copy.
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     sides = (-1, -1) if window is None else (window, window)
     bounds, longest = texts.cu_seqlens, texts.longest
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=sides)[None]

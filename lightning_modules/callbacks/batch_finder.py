@@ -52,6 +52,9 @@ class BatchFinder(Callback):
     the same as one with the found batch given. With several processes the smallest of their answers counts. Where the
     data has a budget of tokens, the budget is what is found.
 
+    The tries leave a margin: batches of later epochs may have more tokens, and what the allocator can't use between
+    its blocks differs from step to step. Without one, a batch may run out of memory steps after it fitted.
+
     The limit is one of PyTorch's allocator, kept until training ends; CUDA's own context comes on top. Only CUDA has
     such an allocator: on the CPU a process that takes too much is killed, so the finder refuses to run there.
 
@@ -59,6 +62,7 @@ class BatchFinder(Callback):
         output_dir: where ``find_batch.csv`` goes, a line for each try.
         enabled: False does nothing.
         limit_gib: GiB that the process may take; None: what the device has free.
+        margin: share of the limit that the tries leave free, in [0, 1).
         ckpt_path: the checkpoint that the run resumes from: there must be none, as its position counts batches.
 
     Raises:
@@ -74,6 +78,7 @@ class BatchFinder(Callback):
         *,
         enabled: bool = False,
         limit_gib: float | None = None,
+        margin: float = 0.05,
         ckpt_path: str | None = None,
     ) -> None:
         if not isinstance(enabled, bool):
@@ -82,6 +87,10 @@ class BatchFinder(Callback):
         if limit_gib is not None and not (number and 0 < limit_gib < math.inf):
             raise ValueError(
                 f"batch.limit_gib: expected GiB > 0, or null for the whole device, got {limit_gib!r}; use 24 or so"
+            )
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < 1:
+            raise ValueError(
+                f"callbacks.batch_finder.margin: expected a share of the limit in [0, 1), got {margin!r}; use 0.05 or so"
             )
         if enabled and ckpt_path:
             raise ValueError(
@@ -93,6 +102,7 @@ class BatchFinder(Callback):
         self.output_dir = Path(output_dir)
         self.enabled = enabled
         self.limit_gib = limit_gib
+        self.margin = margin
         self._limited: torch.device | None = None
         self._summary: dict[str, int | float | None] = {}
 
@@ -104,7 +114,9 @@ class BatchFinder(Callback):
         data, started = trainer.datamodule, time.perf_counter()
         unit, bound = data.batch_unit, data.largest_batch
         limit = self._limit(pl_module.device)
-        self._say(trainer, f"find_batch: from {data.batch_amount} ({_words(unit)}) on, within {_gib(limit)}")
+        room = f"within {_gib(limit)}, {self.margin:.0%} of it left free"
+        self._say(trainer, f"find_batch: from {data.batch_amount} ({_words(unit)}) on, {room}")
+        self._allow(pl_module.device, limit, 1 - self.margin)
         with trainer.precision_plugin.train_step_context():  # how the backbone runs depends on autocast
             padded = pl_module.encoder.packed == "padded" or pl_module.encoder.head.pads
         tries: dict[int, Outcome] = {}
@@ -128,6 +140,7 @@ class BatchFinder(Callback):
                     " batch.limit_gib, shorten the texts or set model.gradient_checkpointing=true"
                 )
             data.set_batch(found)
+            self._allow(pl_module.device, self.limit_gib)
             trainer.fit_loop._combined_loader = None  # as Lightning's own finder: the loader is asked for anew
         self._summary = {f"find_batch/{unit}": found, "find_batch/limit_gib": limit, "find_batch/tries": len(tries)}
         self._summary |= {"find_batch/failed": failed} if failed else {}
@@ -172,11 +185,11 @@ class BatchFinder(Callback):
             )
 
     def _limit(self, device: torch.device) -> float | None:
-        """Sets the allocator's limit; returns the GiB that this process may take, None where nobody counts."""
+        """The GiB that this process may take, None where nobody counts."""
         if device.type != "cuda":
             return self.limit_gib
         torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(device)
+        free, _ = torch.cuda.mem_get_info(device)
         available = free + torch.cuda.memory_reserved(device)
         if self.limit_gib is None:
             return available / GIB
@@ -185,9 +198,15 @@ class BatchFinder(Callback):
                 f"batch.limit_gib: expected at most the {available / GIB:.2f} GiB that are free, got {self.limit_gib};"
                 " batch.limit_gib=null takes them all"
             )
-        self._limited = device
-        torch.cuda.set_per_process_memory_fraction(self.limit_gib * GIB / total, device)
         return float(self.limit_gib)
+
+    def _allow(self, device: torch.device, limit_gib: float | None, share: float = 1.0) -> None:
+        """Lets the allocator take a share of so many GiB, or all that there is."""
+        self._lift_limit()
+        if device.type == "cuda" and limit_gib is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share * limit_gib * GIB / total), device)
+            self._limited = device
 
     def _lift_limit(self) -> None:
         if self._limited is not None:

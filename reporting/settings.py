@@ -134,6 +134,11 @@ def _dropout(*names: str) -> Callable[[Run], Any]:
     return read
 
 
+def _allocator(run: Run) -> str | None:
+    """The allocator's options, empty for its own; None of a run that doesn't say what it ran on."""
+    return run.summary.get("alloc_conf") or ("" if run.summary.get("device") else None)
+
+
 def _setting(name: str) -> Callable[[Run], Any]:
     return lambda run: run.settings.get(name)
 
@@ -159,7 +164,7 @@ SETTINGS: dict[str, Callable[[Run], Any]] = {
     "batch": _batch,
     "memory limit": _limit,
     "device": lambda run: run.summary.get("device"),
-    "allocator": lambda run: run.summary.get("alloc_conf"),
+    "allocator": _allocator,
 }
 
 

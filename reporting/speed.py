@@ -34,6 +34,10 @@ COLUMNS = {  # what the columns of the table of throughput mean
     "less memory": "Less memory: what the naive head's run allocates divided by what this one's does.",
     "process, GiB": "Process is the peak of the whole process, in which earlier runs of a sweep count.",
 }
+NEAR_THE_LIMIT = (
+    "With its largest batch a head may be slower than with a smaller one, because next to the limit the allocator frees"
+    " and maps memory in every step."
+)
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,8 @@ def throughput_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section
     if not section.blocks:
         return None
     told = {column.title for block in section.blocks if isinstance(block, Table) for column in block.columns}
-    section.blocks.append(" ".join(sentence for title, sentence in COLUMNS.items() if title in told))
+    notes = [sentence for title, sentence in COLUMNS.items() if title in told]
+    section.blocks.append(" ".join([*notes, NEAR_THE_LIMIT] if own else notes))
     return section
 
 

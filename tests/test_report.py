@@ -137,6 +137,13 @@ def test_what_differs_is_never_set_against_each_other(tmp_path, other):
     assert [row.get("÷ naive") for row in table(page, "At the same batch")] == ["1.00×", "–"]
 
 
+def test_what_some_runs_have_is_not_said_of_all(tmp_path):
+    for name, options in (("a", None), ("b", "expandable_segments:True")):
+        write_run(tmp_path / name, "naive", speed(8, 100, 100) | {"alloc_conf": options, "device": "card"})
+    assert "allocator" not in build(*read_runs([tmp_path])).settings
+    assert "allocator expandable_segments:True" in build(*read_runs([tmp_path / "b"])).settings
+
+
 def test_seeds_are_averaged_and_commits_named(tmp_path):
     for seed, samples in ((1, 100), (2, 300)):
         write_run(tmp_path / f"n{seed}", "naive", speed(8, samples, 100), seed=seed)

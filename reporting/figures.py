@@ -9,12 +9,14 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from reporting.settings import in_order
 from reporting.style import PARTS, WIDTH, legend, line, look, sheet
 
 Point = tuple[float, float]
+CLOSE = 0.08  # share of an axis below which two ticks' labels run into each other
+NARROW = 1.25  # ratio of largest to smallest below which an axis shows more than it was asked to
 
 
 @dataclass
@@ -46,23 +48,33 @@ def lines(panels: Sequence[Panel]) -> Figure:
                     transform=axis.get_xaxis_transform(), markeredgecolor="white",
                 )  # fmt: skip
         xs = {x for points in panel.lines.values() for x, _ in points} | {x for f in panel.failed.values() for x in f}
-        _ticks(axis, sorted(xs))
         axis.margins(x=0.06, y=0.12 if not panel.failed else 0.3)
+        _ticks(axis, sorted(xs), [y for points in panel.lines.values() for _, y in points])
     legend(figure, axes)
     return figure
 
 
-def _ticks(axis: Any, xs: Sequence[float]) -> None:
-    """Ticks at the values that were measured, where they are few; 1, 2 and 5 up the side."""
+def _ticks(axis: Any, xs: Sequence[float], ys: Sequence[float]) -> None:
+    """Ticks at the values that were measured, where they are few and apart; 1, 2 and 5 up the side, or even steps."""
     axis.xaxis.set_minor_locator(NullLocator())
     if len(xs) <= 8:
-        axis.set_xticks(list(xs), [_short(x) for x in xs])
+        apart: list[float] = []
+        for x in xs:
+            if not apart or math.log(x / apart[-1]) > CLOSE * math.log(xs[-1] / xs[0]):
+                apart.append(x)
+        axis.set_xticks(apart, [_short(x) for x in apart])
     else:
         axis.xaxis.set_major_locator(LogLocator(base=4 if max(xs) / min(xs) > 100 else 2))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    near = bool(ys) and max(ys) < 4 * min(ys)
+    axis.yaxis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(y)))
     axis.yaxis.set_minor_formatter(NullFormatter())
+    if near:
+        axis.yaxis.set_minor_locator(NullLocator())
+    if near and max(ys) < NARROW * min(ys):  # what is nearly alike shall look so
+        middle = math.sqrt(min(ys) * max(ys))
+        axis.set_ylim(middle / NARROW, middle * NARROW)
 
 
 def _short(value: float) -> str:

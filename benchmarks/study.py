@@ -18,7 +18,6 @@ XLMR, BERT = "model=xlmr", "model=bert"
 PADDED = "model.packed=false"  # what users of the naive head have elsewhere
 RECOMPUTED = "model.gradient_checkpointing=true"
 LARGEST = "find_batch=true"
-LAYERS = "model.compile=true"
 # Name to overrides. A search begins at batch.size; below what fits, that saves tries and decides nothing. Next to the
 # limit the naive head waits for the allocator in every step: its jobs with a smaller batch show its rate without that.
 JOBS: dict[str, tuple[str, ...]] = {
@@ -26,7 +25,6 @@ JOBS: dict[str, tuple[str, ...]] = {
     "xlmr_recomputed_largest_sparton": (XLMR, RECOMPUTED, LARGEST, "head=sparton", "batch.size=2048"),
     "xlmr_recomputed_48_naive_padded": (XLMR, RECOMPUTED, "head=naive", PADDED, "batch.size=48"),
     "xlmr_recomputed_1024_sparton": (XLMR, RECOMPUTED, "head=sparton", "batch.size=1024"),
-    "xlmr_recomputed_1024_sparton_layers": (XLMR, RECOMPUTED, LAYERS, "head=sparton", "batch.size=1024"),
     "bert_largest_naive_padded": (BERT, LARGEST, "head=naive", PADDED, "batch.size=256"),
     "bert_largest_sparton": (BERT, LARGEST, "head=sparton", "batch.size=960"),
     "bert_240_naive_padded": (BERT, "head=naive", PADDED, "batch.size=240"),

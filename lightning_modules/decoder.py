@@ -10,12 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 log = logging.getLogger(__name__)
-
-COMPILATION = {"dynamic": True}  # a graph for every shape: batches differ in tokens
 
 
 class Backbone(NamedTuple):
@@ -144,18 +141,6 @@ def recompute_layers(model: PreTrainedModel) -> None:
     model.config.use_cache = False  # of decoders; transformers logs a line for every model that leaves it on
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles each layer with torch.compile when it first runs: one graph for all layers and any number of tokens."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(
-            f"model.compile: expected false, {type(model).__name__} has no layers that transformers marks as such; "
-            "set it to false"
-        )
-    for layer in layers:
-        layer.compile(**COMPILATION)
-
-
 def hidden_rows(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """What the decoder would get: (B, S, D)."""
     return decoder_input(model(input_ids=input_ids, attention_mask=attention_mask))
@@ -185,8 +170,7 @@ def final_norm(model: PreTrainedModel) -> str:
     device = model.get_input_embeddings().weight.device
     try:
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-        with torch.compiler.set_stance("force_eager"):  # compiled layers would not call the hooks
-            hidden = hidden_rows(model, ids, torch.ones_like(ids))
+        hidden = hidden_rows(model, ids, torch.ones_like(ids))
     finally:
         for hook in hooks:
             hook.remove()

@@ -80,7 +80,6 @@ class SparseEncoder(nn.Module):
         attention_dropout: rate of the attention's dropout; None follows ``dropout``.
         packed: True runs the backbone on packed tokens, queries and documents together, without padding; False on
             padded batches; auto packs on a GPU where it can (:meth:`packing`). Never saved: it belongs to the run.
-        compile: True compiles the layers of the backbone, once for training and once for evaluation. Never saved.
         seed: of random weights.
 
     Raises:
@@ -106,7 +105,6 @@ class SparseEncoder(nn.Module):
         dropout: float | None = None,
         attention_dropout: float | None = None,
         packed: str | bool = "auto",
-        compile: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -140,10 +138,6 @@ class SparseEncoder(nn.Module):
             raise packed_attention.refusal(self._obstacle)
         if packed is not False and not self._obstacle:
             packed_attention.prepare(self.backbone)
-        if not isinstance(compile, bool):
-            raise ValueError(f"model.compile: expected true or false, got {compile!r}; set model.compile=true")
-        if compile:
-            surgery.compile_layers(self.backbone)
         self._first_position = surgery.first_position(self.backbone)
         self.head = getattr(sparton, HEADS[self.head_name]).from_linear(parts.decoder, activation=activation)
         self.register_buffer("logit_scale", torch.ones((), device=parts.decoder.weight.device))

@@ -13,6 +13,7 @@ import torch
 
 from lightning_modules.resolvers import REPOSITORY
 
+ALLOC_CONF = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the old name, where it is set, hides the new one
 PACKAGES = ("torch", "triton", "lightning", "transformers")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
 
@@ -34,8 +35,8 @@ def use_expandable_segments() -> None:
     that fitted for two steps (3 GiB allowed) then ran out of memory with a quarter of it free. Linux only; it counts
     for what is allocated after the call, and for processes started by this one.
     """
-    if sys.platform == "linux" and torch.cuda.is_available() and _alloc_conf() is None:
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if sys.platform == "linux" and torch.cuda.is_available() and not any(name in os.environ for name in ALLOC_CONF):
+        os.environ[ALLOC_CONF[-1]] = "expandable_segments:True"
 
 
 def resolve_precision(precision: str | int, accelerator: str) -> str:
@@ -79,8 +80,8 @@ def _version(package: str) -> str | None:
 
 
 def _alloc_conf() -> str | None:
-    """The options of PyTorch's CUDA allocator, which decide with the limit what fits; under its new name or its old."""
-    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or None
+    """The options of PyTorch's CUDA allocator, which decide with the limit what fits; None where it has its own."""
+    return next((os.environ[name] for name in ALLOC_CONF if name in os.environ), None) or None
 
 
 def _commit() -> str | None:

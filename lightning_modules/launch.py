@@ -63,6 +63,7 @@ class _Jobs:
         Returns:
             The figure that a search goes by: ``objective`` of the configuration, in ``summary.json``; None without.
         """
+        use_expandable_segments()  # here and not in main: a launcher may run the job on another machine
         settings = HydraConfig.get()
         folder = Path(settings.runtime.output_dir)
         failed, interrupted = False, False
@@ -112,7 +113,6 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
     """
     register_resolvers()
     _quieten()
-    use_expandable_segments()
     # Hydra then hands its own errors on, instead of printing several lines and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     jobs = _Jobs(task)

@@ -236,7 +236,6 @@ def _varlen(
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=sides)[None]
 
 
-@torch.compiler.disable  # a compiled layer leaves its graph for what depends on lengths or is compiled itself
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, texts: PackedTexts, scale: float | None, window: int | None
 ) -> Tensor:
@@ -246,7 +245,6 @@ def _flex(
     return _compiled_flex()(query, key, value, block_mask=mask, scale=scale).transpose(1, 2)
 
 
-@torch.compiler.disable
 def _text(
     query: Tensor, key: Tensor, value: Tensor, texts: PackedTexts, scale: float | None, window: int | None
 ) -> Tensor:

@@ -112,16 +112,21 @@ def commands(runs: Iterable[Run]) -> list[str]:
 
 
 def all_runs_section(runs: Sequence[Run]) -> Section:
-    """One row for each run with its most important settings and figures."""
+    """One row for each run with its most important settings and figures.
+
+    Runs on real texts stand without their speed beside synthetic ones, whose speed is what was studied.
+    """
     lines = []
+    timed = [run for run in runs if run.synthetic] or list(runs)
     for run in runs:
+        speed = [run.number(name) if run in timed else None for name in ("perf/step_ms", "perf/samples_per_sec")]
         memory = run.number("perf/peak_mem_allocated_mib") or run.number("perf/peak_rss_mib")
         lines.append([
             run.name, run.status, run.model, run.head, run.summary.get("packed"), run.dataset,
             run.settings.get("model.config.vocab_size"), run.settings.get("model.max_doc_length"), precision(run),
             run.settings.get("model.gradient_checkpointing"), run.largest or (None if run.searched else run.batch),
-            run.settings.get("seed"), run.settings.get("flops_weight"), run.number("perf/step_ms"),
-            run.number("perf/samples_per_sec"), None if memory is None else memory / MIB_IN_GIB,
+            run.settings.get("seed"), run.settings.get("flops_weight"), *speed,
+            None if memory is None else memory / MIB_IN_GIB,
             run.number("test/ndcg@10"), run.number("test/active_dims_doc"),
         ])  # fmt: skip
     columns = [

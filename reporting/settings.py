@@ -108,8 +108,9 @@ def _batch(run: Run) -> str | None:
 def _limit(run: Run) -> str | None:
     if not run.searched:
         return ""  # not all runs have this one
-    limit = run.settings.get("batch.limit_gib")
-    return "the whole card" if limit is None else f"{limit:g} GiB"
+    limit, margin = run.settings.get("batch.limit_gib"), run.settings.get("callbacks.batch_finder.margin")
+    kept = f", {margin:.3g} of it left free" if margin else ""
+    return ("the whole card" if limit is None else f"{limit:g} GiB") + kept
 
 
 def _calibration(run: Run) -> str | None:

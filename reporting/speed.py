@@ -32,14 +32,10 @@ COLUMNS = {  # what the columns of the table of throughput mean
     "real tokens/s": "Real tokens are those without padding.",
     "allocated, GiB": "Allocated is what live tensors took at the peak, reserved what was taken from the card.",
     "less memory": "Less memory: what the naive head's run allocates divided by what this one's does.",
+    "retries": "Retries: how often the allocator had to give memory back before it could go on, which makes a head"
+    " slower next to its limit than with a smaller batch.",
     "process, GiB": "Process is the peak of the whole process, in which earlier runs of a sweep count.",
 }
-NEAR_THE_LIMIT = (
-    "With its largest batch a head may be slower than with a smaller one, because next to the limit the allocator frees"
-    " and maps memory in every step."
-)
-
-
 @dataclass(frozen=True)
 class Entry:
     """The runs of one label in one group: the same settings with several seeds, or a single run."""
@@ -202,14 +198,16 @@ def throughput_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section
                 entry.batch, entry.note or entry.mean("perf/step_ms"), entry.mean(RATE),
                 against(entry.mean(RATE), base and base.mean(RATE)), entry.mean("perf/tokens_per_sec"),
                 entry.mean(memory, MIB_IN_GIB), less, entry.mean("perf/peak_mem_reserved_mib", MIB_IN_GIB),
-                entry.mean("perf/peak_rss_mib", MIB_IN_GIB), len(entry.runs) if len(entry.runs) > 1 else None,
+                entry.mean("perf/alloc_retries"), entry.mean("perf/peak_rss_mib", MIB_IN_GIB),
+                len(entry.runs) if len(entry.runs) > 1 else None,
             ]  # fmt: skip
 
         titles, lines, starts = rows(found, named, read)
         heads = _columns(
             titles, Column("batch", decimals=0), Column("step, ms"), Column("samples/s"),
             Column("÷ naive", decimals=2, suffix="×"), Column("real tokens/s", decimals=0), Column("allocated, GiB"),
-            Column("less memory", decimals=2, suffix="×"), Column("reserved, GiB"), Column("process, GiB"),
+            Column("less memory", decimals=2, suffix="×"), Column("reserved, GiB"), Column("retries", decimals=0),
+            Column("process, GiB"),
             Column("runs"),
         )  # fmt: skip
         table = Table(f"{caption}: throughput and peak memory", heads, lines, starts)
@@ -217,8 +215,7 @@ def throughput_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section
     if not section.blocks:
         return None
     told = {column.title for block in section.blocks if isinstance(block, Table) for column in block.columns}
-    notes = [sentence for title, sentence in COLUMNS.items() if title in told]
-    section.blocks.append(" ".join([*notes, NEAR_THE_LIMIT] if own else notes))
+    section.blocks.append(" ".join(sentence for title, sentence in COLUMNS.items() if title in told))
     return section
 
 
@@ -306,4 +303,6 @@ def warm_up_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | 
                 Column("graphs compiled in it"), Column("graphs compiled after it", decimals=0),
             )  # fmt: skip
             section.blocks.append(Table(f"Warm-up, left out of every other figure, {what}", heads, lines, starts))
+    if any(run.number("perf/compiled_graphs") for run in runs):
+        section.blocks.append("A graph that an earlier run on the machine compiled may come from torch's cache.")
     return section if section.blocks else None

@@ -142,6 +142,17 @@ def test_peak_memory_on_the_cpu(fit, tmp_path):
     assert any(row["perf/peak_rss_mib"] for row in rows_of(tmp_path / "out" / "metrics.csv"))
 
 
+def test_retries_of_the_allocator_count_from_the_warm_up_on(monkeypatch):
+    counted, device = {"num_alloc_retries": 3}, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: counted)
+    for name in ("reset_peak_memory_stats", "max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    memory = PeakMemory()
+    memory._reset(device)
+    counted["num_alloc_retries"] = 8
+    assert memory._read(device)["perf/alloc_retries"] == 5
+
+
 def test_peak_memory_within_the_warmup_has_no_summary(fit):
     callback = PeakMemory(warmup_steps=10)
     fit([callback], batches=2)
@@ -370,5 +381,6 @@ def test_memory_and_throughput_on_cuda(fit):
     fit([memory, throughput], batches=4, accelerator="cuda")
     assert memory.summary()["perf/peak_mem_allocated_mib"] > 0
     assert memory.summary()["perf/peak_mem_reserved_mib"] >= memory.summary()["perf/peak_mem_allocated_mib"]
+    assert memory.summary()["perf/alloc_retries"] == 0
     assert throughput._total[0] == 3
     assert throughput.summary()["perf/tokens_per_sec"] > 0

@@ -187,11 +187,13 @@ def test_environment_names_versions_and_device(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("given", "gpu", "expected"),
-    [({}, True, "expandable_segments:True"), ({}, False, None), ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, True, "a:1")],
+    [
+        ({}, True, "expandable_segments:True"), ({}, False, None), ({"PYTORCH_CUDA_ALLOC_CONF": ""}, True, None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a:1", "PYTORCH_ALLOC_CONF": "b:1"}, True, "a:1"),
+    ],  # fmt: skip
 )
 def test_segments_grow_on_a_gpu_unless_the_environment_says_otherwise(given, gpu, expected, monkeypatch) -> None:
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.setenv(name, given.get(name, ""))  # the environment is put back after the test
+    monkeypatch.setattr(os, "environ", dict(given))
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("sys.platform", "linux")
     use_expandable_segments()

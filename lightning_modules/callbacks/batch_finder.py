@@ -55,7 +55,8 @@ class BatchFinder(Callback):
     The tries leave a margin: batches of later epochs may have more tokens, and what the allocator can't use between
     its blocks differs from step to step. Without one, a batch may run out of memory steps after it fitted.
 
-    The limit is one of PyTorch's allocator, kept until training ends; CUDA's own context comes on top. Only CUDA has
+    The limit is one of PyTorch's allocator; CUDA's own context comes on top. One that is given holds until training
+    ends; else tries may take what the device has free now, and training what it can get. Only CUDA has
     such an allocator: on the CPU a process that takes too much is killed, so the finder refuses to run there.
 
     Args:
@@ -90,7 +91,8 @@ class BatchFinder(Callback):
             )
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < 1:
             raise ValueError(
-                f"callbacks.batch_finder.margin: expected a share of the limit in [0, 1), got {margin!r}; use 0.05 or so"
+                "callbacks.batch_finder.margin: expected a share of the limit in [0, 1), got"
+                f" {margin!r}; use 0.05 or so"
             )
         if enabled and ckpt_path:
             raise ValueError(
@@ -114,7 +116,7 @@ class BatchFinder(Callback):
         data, started = trainer.datamodule, time.perf_counter()
         unit, bound = data.batch_unit, data.largest_batch
         limit = self._limit(pl_module.device)
-        room = f"within {_gib(limit)}, {self.margin:.0%} of it left free"
+        room = f"within {_gib(limit)}" + (f", {self.margin:g} of it left free" if self.margin else "")
         self._say(trainer, f"find_batch: from {data.batch_amount} ({_words(unit)}) on, {room}")
         self._allow(pl_module.device, limit, 1 - self.margin)
         with trainer.precision_plugin.train_step_context():  # how the backbone runs depends on autocast
@@ -137,12 +139,14 @@ class BatchFinder(Callback):
             if not found:
                 raise ValueError(
                     f"find_batch=true: expected memory for a batch of one pair, got {tries[1].error}; raise"
-                    " batch.limit_gib, shorten the texts or set model.gradient_checkpointing=true"
+                    " batch.limit_gib, lower callbacks.batch_finder.margin, shorten the texts or set"
+                    " model.gradient_checkpointing=true"
                 )
             data.set_batch(found)
             self._allow(pl_module.device, self.limit_gib)
             trainer.fit_loop._combined_loader = None  # as Lightning's own finder: the loader is asked for anew
         self._summary = {f"find_batch/{unit}": found, "find_batch/limit_gib": limit, "find_batch/tries": len(tries)}
+        self._summary["find_batch/margin"] = self.margin
         self._summary |= {"find_batch/failed": failed} if failed else {}
         best = tries[found]
         if best.peak_reserved_mib is not None:

@@ -29,9 +29,10 @@ class PeakMemory(Callback):
     """Logs the peak memory since the warm-up.
 
     On CUDA ``perf/peak_mem_allocated_mib`` (bytes in live tensors) and ``perf/peak_mem_reserved_mib`` (bytes taken
-    from the driver), both reset after ``warmup_steps`` batches, so that compiling and autotuning don't count. Reading
-    them never waits for the device. On the CPU ``perf/peak_rss_mib``, the process's peak resident set, which no
-    system lets one reset: it covers everything since the process began.
+    from the driver), both reset after ``warmup_steps`` batches, so that compiling and autotuning don't count;
+    ``perf/alloc_retries``, how often since then the allocator had to give memory back before it could go on, which
+    slows a step next to the limit. Reading them never waits for the device. On the CPU ``perf/peak_rss_mib``, the
+    process's peak resident set, which no system lets one reset: it covers everything since the process began.
 
     Args:
         warmup_steps: training batches before the peaks are reset.
@@ -45,6 +46,7 @@ class PeakMemory(Callback):
         self.warmup_steps = check_int("PeakMemory", "warmup_steps", warmup_steps, 0)
         self.log_every = check_int("PeakMemory", "log_every", log_every, 1)
         self._batches = 0
+        self._retries = 0
         self._values: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,16 +72,20 @@ class PeakMemory(Callback):
         """Returns the peaks read last, by metric name; empty when training ended within the warm-up."""
         return dict(self._values)
 
-    @staticmethod
-    def _reset(device: torch.device) -> None:
+    def _reset(self, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            self._retries = _retries(device)
 
-    @staticmethod
-    def _read(device: torch.device) -> dict[str, float]:
+    def _read(self, device: torch.device) -> dict[str, float]:
         if device.type != "cuda":
             return {"perf/peak_rss_mib": peak_rss_mib()} if resource else {}
         return {
             "perf/peak_mem_allocated_mib": torch.cuda.max_memory_allocated(device) / MIB,
             "perf/peak_mem_reserved_mib": torch.cuda.max_memory_reserved(device) / MIB,
+            "perf/alloc_retries": _retries(device) - self._retries,
         }
+
+
+def _retries(device: torch.device) -> int:
+    return torch.cuda.memory_stats(device).get("num_alloc_retries", 0)

@@ -1,4 +1,4 @@
-"""What all tests share: Triton's interpreter where there is no GPU, the device, seeds."""
+"""What all tests share: Triton's interpreter, made faster, where there is no GPU, the device, seeds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 if not torch.cuda.is_available():
     # Before triton is imported anywhere: its functions are wrapped at import.
     os.environ["TRITON_INTERPRET"] = "1"
+    import fast_interpreter
+
+    fast_interpreter.speed_up()
 
 import pytest
 

@@ -36,7 +36,7 @@ def build(runs: Sequence[Run], problems: Sequence[str] = ()) -> Report:
         quality.loss_section(judged, of_judged),
         provenance.failures_section(runs, problems),
         provenance.machine_section(runs),
-        provenance.all_runs_section(runs),
+        provenance.all_runs_section(runs, timed),
     ]
     found = [section for section in sections if section]
     everywhere = worth_saying(values(Group(tuple(runs), ())))

@@ -111,15 +111,13 @@ def commands(runs: Iterable[Run]) -> list[str]:
     return [hide_paths(line) for line in dict.fromkeys(lines)]
 
 
-def all_runs_section(runs: Sequence[Run]) -> Section:
-    """One row for each run with its most important settings and figures.
-
-    Runs on real texts stand without their speed beside synthetic ones, whose speed is what was studied.
-    """
-    lines = []
-    timed = [run for run in runs if run.synthetic] or list(runs)
+def all_runs_section(runs: Sequence[Run], timed: Sequence[Run]) -> Section:
+    """One row for each run with its most important settings and figures; speed of those in ``timed``."""
+    lines, studied = [], {run.name for run in timed}
     for run in runs:
-        speed = [run.number(name) if run in timed else None for name in ("perf/step_ms", "perf/samples_per_sec")]
+        speed = [
+            run.number(name) if run.name in studied else None for name in ("perf/step_ms", "perf/samples_per_sec")
+        ]
         memory = run.number("perf/peak_mem_allocated_mib") or run.number("perf/peak_rss_mib")
         lines.append([
             run.name, run.status, run.model, run.head, run.summary.get("packed"), run.dataset,

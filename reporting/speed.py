@@ -36,6 +36,8 @@ COLUMNS = {  # what the columns of the table of throughput mean
     " slower next to its limit than with a smaller batch.",
     "process, GiB": "Process is the peak of the whole process, in which earlier runs of a sweep count.",
 }
+
+
 @dataclass(frozen=True)
 class Entry:
     """The runs of one label in one group: the same settings with several seeds, or a single run."""
@@ -207,8 +209,7 @@ def throughput_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section
             titles, Column("batch", decimals=0), Column("step, ms"), Column("samples/s"),
             Column("÷ naive", decimals=2, suffix="×"), Column("real tokens/s", decimals=0), Column("allocated, GiB"),
             Column("less memory", decimals=2, suffix="×"), Column("reserved, GiB"), Column("retries", decimals=0),
-            Column("process, GiB"),
-            Column("runs"),
+            Column("process, GiB"), Column("runs"),
         )  # fmt: skip
         table = Table(f"{caption}: throughput and peak memory", heads, lines, starts)
         section.blocks += [_settings(found), table]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from datamodules.collate import TextBatch
@@ -62,7 +61,6 @@ def _error(trained: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> 
     return (difference / sum(value.square().sum() for value in exact.values())).sqrt().item()
 
 
-@pytest.mark.timeout(900)  # a slow machine takes four minutes in the interpreter
 def test_same_losses_and_parameters(device):
     size = FULL if device.type == "cuda" else SMALL
     naive_losses, naive = _train("naive", size, device)

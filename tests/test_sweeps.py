@@ -69,7 +69,7 @@ def check_last(arguments: list[str]) -> None:
 
 
 def test_documented_commands_compose():
-    assert len(commands()) >= 10
+    assert len(commands()) >= 12
     for arguments in commands():
         check_last([word for word in shlex.split(arguments) if not word.startswith("hydra")])
 

@@ -56,8 +56,8 @@ class BatchFinder(Callback):
     its blocks differs from step to step. Without one, a batch may run out of memory steps after it fitted.
 
     The limit is one of PyTorch's allocator; CUDA's own context comes on top. One that is given holds until training
-    ends; else tries may take what the device has free now, and training what it can get. Only CUDA has
-    such an allocator: on the CPU a process that takes too much is killed, so the finder refuses to run there.
+    ends; else tries may take what the device has free now, and training what it can get. Only CUDA has such an
+    allocator: on the CPU a process that takes too much is killed, so the finder refuses to run there.
 
     Args:
         output_dir: where ``find_batch.csv`` goes, a line for each try.
@@ -145,8 +145,10 @@ class BatchFinder(Callback):
             data.set_batch(found)
             self._allow(pl_module.device, self.limit_gib)
             trainer.fit_loop._combined_loader = None  # as Lightning's own finder: the loader is asked for anew
-        self._summary = {f"find_batch/{unit}": found, "find_batch/limit_gib": limit, "find_batch/tries": len(tries)}
-        self._summary["find_batch/margin"] = self.margin
+        self._summary = {
+            f"find_batch/{unit}": found, "find_batch/limit_gib": limit, "find_batch/margin": self.margin,
+            "find_batch/tries": len(tries),
+        }  # fmt: skip
         self._summary |= {"find_batch/failed": failed} if failed else {}
         best = tries[found]
         if best.peak_reserved_mib is not None:

@@ -107,7 +107,8 @@ def row_of(model: str, part: str, pairs: int, checkpointing: bool | int, device:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             attention.append(encoder.packed)
         results[packed] = measure(step_of(encoder, part, batches), device)
-        real, padded = (sum(getattr(b, name).numel() for b in batches) for name in ("token_ids", "input_ids"))
+        real = sum(batch.token_ids.numel() for batch in batches)
+        padded = sum(pairs * encoder.padded_width(batch.input_ids.shape[1]) for batch in batches)
         del encoder, batches
         gc.collect()
         if device.type == "cuda":

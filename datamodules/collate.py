@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +78,18 @@ class TextBatch(NamedTuple):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TextBatch:
         """Copies every tensor to ``device``; ``max_seqlen`` and ``longest`` stay numbers on the host."""
         return TextBatch(*(t.to(device, non_blocking=non_blocking) if isinstance(t, Tensor) else t for t in self))
+
+    def widened(self, width: int, padding_id: int) -> TextBatch:
+        """The same texts with padding up to ``width`` tokens, which is at least S; the packed layout stays."""
+        before = self.input_ids.shape[1]
+        extra = width - before
+        if not extra:
+            return self
+        return self._replace(
+            input_ids=F.pad(self.input_ids, (0, extra), value=padding_id),
+            attention_mask=F.pad(self.attention_mask, (0, extra)),
+            pool_index=self.pool_index + self.pool_index // before * extra,
+        )
 
     def split(self, tokens: int, *, padded: bool) -> list[TextBatch]:
         """Cuts the batch into runs of whole texts of at most ``tokens`` tokens; one text alone may have more.

@@ -24,6 +24,7 @@ from lightning_modules.calibration import document_maxima, logit_deviation
 HEADS = {"naive": "NaiveHead", "compiled": "CompiledHead", "tiled": "TiledHead", "sparton": "SpartonHead"}
 TRANSFORMS = ("auto", "keep", "skip")
 CALIBRATION_BATCH = 32  # texts
+PADDED_STEP = 16  # tokens
 
 
 def resolve_head(head: str, device: torch.device | None = None) -> str:
@@ -139,6 +140,7 @@ class SparseEncoder(nn.Module):
         if packed is not False and not self._obstacle:
             packed_attention.prepare(self.backbone)
         self._first_position = surgery.first_position(self.backbone)
+        self._longest = surgery.longest_input(self.backbone)
         self.head = getattr(sparton, HEADS[self.head_name]).from_linear(parts.decoder, activation=activation)
         self.register_buffer("logit_scale", torch.ones((), device=parts.decoder.weight.device))
         self.register_load_state_dict_pre_hook(_check_same_vocabulary)
@@ -175,11 +177,10 @@ class SparseEncoder(nn.Module):
         return dict(self._options)
 
     def _check_lengths(self) -> None:
-        longest = surgery.longest_input(self.backbone)
         for side in ("max_query_length", "max_doc_length"):
-            if longest is not None and self._options[side] > longest:
+            if self._longest is not None and self._options[side] > self._longest:
                 raise ValueError(
-                    f"model.{side}: expected at most the {longest} positions of this backbone, got "
+                    f"model.{side}: expected at most the {self._longest} positions of this backbone, got "
                     f"{self._options[side]}; lower model.{side}"
                 )
 
@@ -229,7 +230,20 @@ class SparseEncoder(nn.Module):
             return self._padded_rows(batches[0])
         return torch.cat([self._padded_rows(batch) for batch in batches])
 
+    def padded_width(self, width: int) -> int:
+        """Tokens to which the padded backbone widens texts of ``width``: on CUDA the next multiple of 16.
+
+        There sdpa takes cuDNN's attention, which makes a plan for each new shape: about 0.1 s in which the GPU waits
+        for the host. Multiples keep the shapes few.
+        """
+        if not self.head.weight.is_cuda:
+            return width
+        wide = width + -width % PADDED_STEP
+        return wide if self._longest is None else max(width, min(wide, self._longest))
+
     def _padded_rows(self, batch: TextBatch) -> Tensor:
+        width = self.padded_width(batch.input_ids.shape[1])
+        batch = batch.widened(width, self.backbone.config.pad_token_id or 0)
         hidden = surgery.hidden_rows(self.backbone, batch.input_ids, batch.attention_mask)
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.pool_index)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,45 @@ def test_padding_side_does_not_change_the_vectors(side, tmp_path):
     batch = encoder.doc_tokenizer(TEXTS)
     alone = torch.cat([encoder(encoder.doc_tokenizer([text])) for text in TEXTS])
     torch.testing.assert_close(encoder(batch), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pool_special_tokens", [True, False])
+def test_wider_padding_does_not_change_the_vectors(saved, side, pool_special_tokens, monkeypatch):
+    encoder = SparseEncoder(
+        str(saved), head="tiled", **LENGTHS, pool_special_tokens=pool_special_tokens
+    ).eval()
+    encoder.tokenizer.padding_side = side
+    batch, widths = encoder.doc_tokenizer(TEXTS), []
+    expected, width = encoder(batch), batch.input_ids.shape[1]
+    encoder.backbone.register_forward_pre_hook(
+        lambda *call: widths.append(call[2]["input_ids"].shape[1]), with_kwargs=True
+    )
+    monkeypatch.setattr(encoder, "padded_width", lambda before: before + 5)
+    torch.testing.assert_close(encoder(batch), expected, atol=1e-5, rtol=1e-5)
+    assert widths == [width + 5]
+
+
+def test_padded_widths_are_multiples_on_a_gpu_as_far_as_positions_go():
+    def width(tokens: int, longest: int | None, gpu: bool = True) -> int:
+        weight = SimpleNamespace(is_cuda=gpu)
+        encoder = SimpleNamespace(head=SimpleNamespace(weight=weight), _longest=longest)
+        return SparseEncoder.padded_width(encoder, tokens)
+
+    assert [width(tokens, 512) for tokens in (1, 16, 17, 497, 512)] == [16, 16, 32, 512, 512]
+    assert [width(tokens, 40) for tokens in (32, 33, 40)] == [32, 40, 40]
+    assert width(513, None) == 528 and width(513, None, gpu=False) == 513
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_backbone_on_a_gpu_sees_multiples():
+    encoder = small(packed=False).cuda()
+    batch, widths = encoder.doc_tokenizer(TEXTS).to("cuda"), []
+    encoder.backbone.register_forward_pre_hook(
+        lambda *call: widths.append(call[2]["input_ids"].shape[1]), with_kwargs=True
+    )
+    encoder(batch)
+    assert widths == [16] and batch.input_ids.shape[1] == 12
 
 
 def test_calibration_makes_a_share_of_the_vocabulary_active():

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_modules.callbacks import BatchFinder
 from lightning_modules.callbacks.checkpoint import load_best
 from lightning_modules.encoder import resolve_head
 from lightning_modules.launch import environment, main, resolve_precision, write_summary
@@ -28,6 +29,11 @@ def build(cfg: DictConfig) -> tuple[SparseRetriever, L.LightningDataModule, L.Tr
     precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
     # An experiment may have settings for a callback that callbacks=none leaves out.
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback and "_target_" in callback]
+    if cfg.find_batch and not any(isinstance(callback, BatchFinder) for callback in callbacks):
+        raise ValueError(
+            "find_batch: expected callbacks.batch_finder with find_batch=true, got none; leave out "
+            "~callbacks.batch_finder or set find_batch=false"
+        )
     trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=loggers)
     encoder = instantiate(cfg.model, head=resolve_head(cfg.head.name, trainer.strategy.root_device))
     tokenizers = {"tokenize_query": encoder.query_tokenizer, "tokenize_doc": encoder.doc_tokenizer}

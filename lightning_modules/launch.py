@@ -1,4 +1,4 @@
-"""Runs a task with Hydra: sweeps that survive failing jobs, errors of one line, Ctrl-C as exit status 130."""
+"""Runs a task with Hydra: sweeps that survive failing jobs, errors of one line, status 130 for Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from lightning_modules.environment import environment, resolve_precision, use_expandable_segments
@@ -105,7 +106,7 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
 
     A job that raises (out of memory included) leaves ``summary.json`` with ``status: failed`` and a one-line ``error``,
     and ``error.txt`` with the traceback, and the next job runs. After the last one the process prints a line for each
-    failure and exits 1. Ctrl-C ends the sweep with exit status 130. ``SPARTON_TRACEBACK=1`` shows tracebacks.
+    failure and exits 1. Ctrl-C and SIGTERM end the sweep with exit status 130. ``SPARTON_TRACEBACK=1`` shows tracebacks.
 
     Args:
         task: called with the composed configuration of each job.
@@ -150,8 +151,9 @@ def _leave(lines: list[str], status: int) -> NoReturn:
 
 
 def _is_interrupt(error: BaseException) -> bool:
-    """Whether Ctrl-C is behind it: Lightning turns that into a SystemExit raised while handling KeyboardInterrupt."""
-    return isinstance(error, SystemExit) and any(isinstance(e, KeyboardInterrupt) for e in chain(error))
+    """Whether Ctrl-C or SIGTERM is behind it: Lightning makes a SystemExit of both, of Ctrl-C while handling it."""
+    stops = (KeyboardInterrupt, SIGTERMException)
+    return isinstance(error, SystemExit) and any(isinstance(e, stops) for e in chain(error))
 
 
 def _describe(error: BaseException) -> str:

@@ -118,7 +118,8 @@ def seeds_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | No
     note = (
         "Equal is within the spread of the seeds: means that differ by at most two pooled standard deviations over the"
         " same seeds (the column allowed). Undecided: so much is allowed, more than a tenth of the naive head's mean,"
-        " that it would hide a real difference (one seed collapsed, for example). Untrained and BM25 are nDCG@10 of the"
+        " that it would hide a real difference (one seed collapsed, for example). Several runs of one head and seed count"
+        " as one, their mean. Untrained and BM25 are nDCG@10 of the"
         " model before training and of BM25."
     )
     blocks: list[Block] = [stated(found, beside=titles), table, note]
@@ -155,14 +156,12 @@ def _languages(group: Group, where: str, named: Mapping[str, str], name: str) ->
 
 
 def _values(group: Group, named: Mapping[str, str], key: str) -> dict[str, dict[Any, float]]:
-    """Label to seed to figure."""
-    found: dict[str, dict[Any, float]] = {}
-    for label in in_order(named[run.name] for run in group.runs):
-        own = [run for run in group.runs if named[run.name] == label]
-        known = {run.seed: value for run in own if (value := run.number(key)) is not None}
-        if known:
-            found[label] = known
-    return found
+    """Label to seed to figure; of several runs with one seed to their mean."""
+    found: dict[str, dict[Any, list[float]]] = {label: {} for label in in_order(named[run.name] for run in group.runs)}
+    for run in group.runs:
+        if (value := run.number(key)) is not None:
+            found[named[run.name]].setdefault(run.seed, []).append(value)
+    return {label: {seed: fmean(v) for seed, v in seeds.items()} for label, seeds in found.items() if seeds}
 
 
 def _verdict(values: Mapping[str, Mapping[Any, float]], label: str) -> dict[str, Any]:

@@ -181,6 +181,12 @@ def test_other_errors_are_raised_and_nothing_fits_is_one_line(folder, tmp_path, 
             train.train(cfg)
 
 
+def test_find_batch_without_its_callback_is_one_line(folder, tmp_path):
+    cfg = configuration(tmp_path, *RUN, f"data.path={folder}", "find_batch=true", "~callbacks.batch_finder")
+    with pytest.raises(ValueError, match="find_batch: expected callbacks.batch_finder with find_batch=true, got none;"):
+        train.build(cfg)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

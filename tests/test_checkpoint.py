@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.callbacks import SafeCheckpoint
 from lightning_modules.callbacks.checkpoint import WholeCheckpointIO
@@ -98,6 +99,18 @@ def test_an_error_in_training_saves_nothing_and_restores_the_signal(tmp_path: Pa
         trainer(tmp_path, SafeCheckpoint(str(tmp_path))).fit(Broken())
     assert os.listdir(tmp_path) == []
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_sigterm_saves_the_last_step(tmp_path: Path) -> None:
+    class Stopped(Scored):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            if self.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(SIGTERMException):
+        trainer(tmp_path, SafeCheckpoint(str(tmp_path / "checkpoints")), val_check_interval=5).fit(Stopped())
+    assert load(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3  # the step in hand was finished
 
 
 @pytest.mark.parametrize("there", [True, False])

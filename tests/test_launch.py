@@ -35,7 +35,7 @@ def fit(cfg):
     class Interrupted(BoringModel):
         def training_step(self, batch, batch_idx):
             if self.global_step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
             return super().training_step(batch, batch_idx)
 
     folder = cfg.paths.output_dir
@@ -87,8 +87,9 @@ def test_a_single_run_fails_with_one_line_and_a_traceback_on_demand(tmp_path: Pa
     assert json.loads((tmp_path / "one/summary.json").read_text())["status"] == "failed"
 
 
-def test_ctrl_c_saves_and_stops_the_sweep(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "head=sparton,tiled", "hydra.sweep.dir=sweep")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_stops_the_sweep(name: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", "head=sparton,tiled", "hydra.sweep.dir=sweep", SIGNAL=name)
     assert done.returncode == 130, done.stderr
     assert "ran tiled" not in done.stdout and "Traceback" not in done.stderr
     assert json.loads((tmp_path / "sweep/0/summary.json").read_text())["status"] == "interrupted"

@@ -92,6 +92,17 @@ def test_quality_is_compared_over_the_seeds_that_both_have(tmp_path):
     assert "over 2 seeds is equal" in line and "(+0.0000" in line
 
 
+def test_runs_of_one_head_and_seed_count_as_their_mean(tmp_path):
+    real = {"data": {"_target_": "BeirDataModule", "path": "xquad"}}
+    for name, head, seed, quality in (
+        ("a", "naive", 1, 0.80), ("b", "naive", 2, 0.82), ("c", "sparton", 1, 0.70), ("d", "sparton", 1, 0.90),
+        ("e", "sparton", 2, 0.82),
+    ):  # fmt: skip
+        write_run(tmp_path / name, head, {"test/ndcg@10": quality}, changes=real, seed=seed)
+    naive, fused = table(build(*read_runs([tmp_path])), "Quality on the test split")
+    assert (naive["nDCG@10"], fused["nDCG@10"], fused["seeds"], fused["− naive"]) == ("0.810", "0.810", "2", "+0.0000")
+
+
 def test_every_section_and_figure_is_there(built):
     assert [section.title for section in built.sections] == [
         "Largest batch", "Throughput and memory", "Against batch size", "Against sequence length", "Against vocabulary",

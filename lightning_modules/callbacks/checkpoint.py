@@ -1,4 +1,4 @@
-"""Checkpoints: the best and the last, written whole or not at all, and one when Ctrl-C comes."""
+"""Checkpoints: the best and the last, written whole or not at all, and one when Ctrl-C or SIGTERM comes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.callbacks.checks import check_int
 
@@ -55,8 +56,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
 class SafeCheckpoint(ModelCheckpoint):
     """Keeps ``best.ckpt`` by a validation metric and ``last.ckpt``, which is renewed while the run goes on.
 
-    ``last.ckpt`` is written every ``save_every_steps`` optimizer steps, after each validation, at the end, and on Ctrl-C.
-    The first Ctrl-C lets the step in hand finish, so that the checkpoint is one to resume from exactly; a second one
+    ``last.ckpt`` is written every ``save_every_steps`` optimizer steps, after each validation, at the end, and on Ctrl-C
+    or SIGTERM. The first Ctrl-C lets the step in hand finish, so that the checkpoint is one to resume from exactly; a second one
     stops at once. Files load with ``torch.load(..., weights_only=True)``.
 
     Args:
@@ -146,9 +147,10 @@ class SafeCheckpoint(ModelCheckpoint):
         self._save_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves on Ctrl-C only: after an error the weights may be what caused it."""
+        """Saves on Ctrl-C and SIGTERM only: after an error the weights may be what caused it."""
         self._restore_handler()
-        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit" and trainer.global_step > 0:
+        asked = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        if asked and trainer.state.fn == "fit" and trainer.global_step > 0:
             self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:

@@ -31,8 +31,8 @@ def build(cfg: DictConfig) -> tuple[SparseRetriever, L.LightningDataModule, L.Tr
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback and "_target_" in callback]
     if cfg.find_batch and not any(isinstance(callback, BatchFinder) for callback in callbacks):
         raise ValueError(
-            "find_batch: expected callbacks.batch_finder with find_batch=true, got none; leave out "
-            "~callbacks.batch_finder or set find_batch=false"
+            "find_batch: expected callbacks.batch_finder with find_batch=true, got none; keep "
+            "the callback or set find_batch=false"
         )
     trainer = instantiate(cfg.trainer, precision=precision, callbacks=callbacks, logger=loggers)
     encoder = instantiate(cfg.model, head=resolve_head(cfg.head.name, trainer.strategy.root_device))

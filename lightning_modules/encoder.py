@@ -215,6 +215,8 @@ class SparseEncoder(nn.Module):
     def pooled_rows(self, *batches: TextBatch) -> Tensor:
         """Hidden rows that the head pools over: (N, D), text by text, times ``logit_scale``."""
         padded, limit = self.packed == "padded", self._tokens_at_a_time
+        if padded:
+            batches = tuple(self._widened(batch) for batch in batches)
         tokens = sum((batch.input_ids if padded else batch.token_ids).numel() for batch in batches)
         if not (limit and torch.is_grad_enabled() and tokens > limit):
             return self._rows(*batches) * self.logit_scale
@@ -233,17 +235,19 @@ class SparseEncoder(nn.Module):
     def padded_width(self, width: int) -> int:
         """Tokens to which the padded backbone widens texts of ``width``: on CUDA the next multiple of 16.
 
-        There sdpa takes cuDNN's attention, which makes a plan for each new shape: about 0.1 s in which the GPU waits
-        for the host. Multiples keep the shapes few.
+        On an H200 in bf16 sdpa takes cuDNN's attention, which makes a plan for each new shape: about 0.1 s of a
+        training step in which the GPU waits for the host. Multiples keep the shapes few.
         """
         if not self.head.weight.is_cuda:
             return width
         wide = width + -width % PADDED_STEP
         return wide if self._longest is None else max(width, min(wide, self._longest))
 
-    def _padded_rows(self, batch: TextBatch) -> Tensor:
+    def _widened(self, batch: TextBatch) -> TextBatch:
         width = self.padded_width(batch.input_ids.shape[1])
-        batch = batch.widened(width, self.backbone.config.pad_token_id or 0)
+        return batch.widened(width, self.backbone.config.pad_token_id or 0)
+
+    def _padded_rows(self, batch: TextBatch) -> Tensor:
         hidden = surgery.hidden_rows(self.backbone, batch.input_ids, batch.attention_mask)
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.pool_index)
 

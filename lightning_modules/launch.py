@@ -114,6 +114,8 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
     """
     register_resolvers()
     _quieten()
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # ends a run as Ctrl-C does, in every phase of it
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     # Hydra then hands its own errors on, instead of printing several lines and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     jobs = _Jobs(task)
@@ -151,15 +153,16 @@ def _leave(lines: list[str], status: int) -> NoReturn:
 
 
 def _is_interrupt(error: BaseException) -> bool:
-    """Whether Ctrl-C or SIGTERM is behind it: Lightning makes a SystemExit of both, of Ctrl-C while handling it."""
-    stops = (KeyboardInterrupt, SIGTERMException)
-    return isinstance(error, SystemExit) and any(isinstance(e, stops) for e in chain(error))
+    """Whether Ctrl-C is behind it: Lightning turns that into a SystemExit raised while handling KeyboardInterrupt."""
+    return isinstance(error, SystemExit) and any(isinstance(e, KeyboardInterrupt) for e in chain(error))
 
 
 def _describe(error: BaseException) -> str:
     """One line for an error; for Hydra's wrapper around a class that refused its arguments, that class's own message."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, SIGTERMException):  # in a launcher's worker, where no signal becomes another
+        return "stopped by SIGTERM"
     if isinstance(error, SystemExit):
         return f"the job left with exit status {error.code}"
     # A UnicodeError is a ValueError, but not one of ours.

@@ -13,7 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 FAILURES = "failures.txt"
-INTERRUPTED = 130  # exit status after Ctrl-C
+INTERRUPTED = 130  # exit status after Ctrl-C or SIGTERM
 
 _folders: list[Path] = []  # of the sweep in this process
 

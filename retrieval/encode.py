@@ -81,7 +81,9 @@ def encode_texts(
     pieces, done = [], 0
     with _evaluation_mode(encoder), torch.inference_mode(), autocast, _reporter(progress, side) as report:
         while done < len(order):
-            rows = batch_size if lengths is None else min(batch_size, max(1, batch_tokens // lengths[order[done]]))
+            rows = batch_size
+            if lengths is not None:
+                rows = min(rows, max(1, batch_tokens // encoder.padded_width(lengths[order[done]])))
             batch = tokenize([texts[index] for index in order[done : done + rows]])
             rep = encoder(batch.to(device, non_blocking=True))
             pieces.append(to_csr(rep, top_k))

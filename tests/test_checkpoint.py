@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.callbacks import SafeCheckpoint
 from lightning_modules.callbacks.checkpoint import WholeCheckpointIO
+from lightning_modules.launch import _describe
 
 SCORES = [0.2, 0.5, 0.3]
 
@@ -101,16 +102,17 @@ def test_an_error_in_training_saves_nothing_and_restores_the_signal(tmp_path: Pa
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_sigterm_saves_the_last_step(tmp_path: Path) -> None:
+def test_sigterm_in_a_launchers_worker_saves_the_last_step_and_is_said(tmp_path: Path) -> None:
     class Stopped(Scored):
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
             if self.global_step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().training_step(batch, batch_idx)
 
-    with pytest.raises(SIGTERMException):
+    with pytest.raises(SIGTERMException) as stop:
         trainer(tmp_path, SafeCheckpoint(str(tmp_path / "checkpoints")), val_check_interval=5).fit(Stopped())
     assert load(tmp_path / "checkpoints/last.ckpt")["global_step"] == 3  # the step in hand was finished
+    assert _describe(stop.value) == "stopped by SIGTERM"
 
 
 @pytest.mark.parametrize("there", [True, False])

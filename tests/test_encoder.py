@@ -116,6 +116,17 @@ def test_wider_padding_does_not_change_the_vectors(saved, side, monkeypatch):
     assert widths == [width + 5]
 
 
+def test_wider_padding_counts_among_the_tokens_at_a_time(monkeypatch):
+    encoder, sizes = small(packed=False, gradient_checkpointing=30), []
+    encoder.backbone.register_forward_pre_hook(
+        lambda *call: sizes.append(call[2]["input_ids"].shape), with_kwargs=True
+    )
+    batch = encoder.doc_tokenizer(TEXTS)  # 3 texts, 12 wide
+    monkeypatch.setattr(encoder, "padded_width", lambda before: before + 5)
+    encoder(batch)
+    assert sizes == [(1, 17)] * 3
+
+
 def test_padded_widths_are_multiples_on_a_gpu_as_far_as_positions_go():
     def width(tokens: int, longest: int | None, gpu: bool = True) -> int:
         weight = SimpleNamespace(is_cuda=gpu)

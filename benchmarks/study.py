@@ -19,8 +19,8 @@ PADDED = "model.packed=false"  # what users of the naive head have elsewhere
 RECOMPUTED = "model.gradient_checkpointing=true"
 LARGEST = "find_batch=true"
 # Name to overrides. A search begins at batch.size; below what fits, that saves tries and decides nothing. With its
-# largest batch the naive head is slower, as the allocator gives memory back in every step (perf/alloc_retries): its jobs
-# with a smaller one show its rate without.
+# largest batch the naive head is slower, as the allocator gives memory back in every step (perf/alloc_retries): its
+# jobs with a smaller one show its rate without.
 JOBS: dict[str, tuple[str, ...]] = {
     "xlmr_recomputed_largest_naive_padded": (XLMR, RECOMPUTED, LARGEST, "head=naive", PADDED, "batch.size=64"),
     "xlmr_recomputed_largest_sparton": (XLMR, RECOMPUTED, LARGEST, "head=sparton", "batch.size=2048"),

@@ -106,7 +106,8 @@ def main(task: Callable[[DictConfig], None], config_name: str) -> None:
 
     A job that raises (out of memory included) leaves ``summary.json`` with ``status: failed`` and a one-line ``error``,
     and ``error.txt`` with the traceback, and the next job runs. After the last one the process prints a line for each
-    failure and exits 1. Ctrl-C and SIGTERM end the sweep with exit status 130. ``SPARTON_TRACEBACK=1`` shows tracebacks.
+    failure and exits 1. Ctrl-C and SIGTERM end the sweep with exit status 130. ``SPARTON_TRACEBACK=1`` shows
+    tracebacks.
 
     Args:
         task: called with the composed configuration of each job.

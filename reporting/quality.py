@@ -118,9 +118,8 @@ def seeds_section(runs: Sequence[Run], named: Mapping[str, str]) -> Section | No
     note = (
         "Equal is within the spread of the seeds: means that differ by at most two pooled standard deviations over the"
         " same seeds (the column allowed). Undecided: so much is allowed, more than a tenth of the naive head's mean,"
-        " that it would hide a real difference (one seed collapsed, for example). Several runs of one head and seed count"
-        " as one, their mean. Untrained and BM25 are nDCG@10 of the"
-        " model before training and of BM25."
+        " that it would hide a real difference (one seed collapsed, for example). Several runs of one head and seed"
+        " count as one, their mean. Untrained and BM25 are nDCG@10 of the model before training and of BM25."
     )
     blocks: list[Block] = [stated(found, beside=titles), table, note]
     for group, where in zip(found, names(found), strict=True):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from model_families import make_tokenizer
 
 from datamodules.collate import TextBatch
 from lightning_modules.encoder import SparseEncoder
 from sparton.losses import FLOPS, InfoNCE
-from model_families import make_tokenizer
 
 STEPS = 50
 # Through the interpreter a step costs its programs; compiled, the size of model=tiny and beyond.

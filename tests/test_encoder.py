@@ -27,6 +27,15 @@ def small(**changes: object) -> SparseEncoder:
     return SparseEncoder("small", **LENGTHS | arguments | changes)
 
 
+def seen_shapes(encoder: SparseEncoder) -> list[torch.Size]:
+    """The shapes of the token ids of each call of the backbone from now on."""
+    shapes = []
+    encoder.backbone.register_forward_pre_hook(
+        lambda *call: shapes.append(call[2]["input_ids"].shape), with_kwargs=True
+    )
+    return shapes
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def saved(request, tmp_path_factory):
     return save_family(request.param, tmp_path_factory.mktemp(request.param))
@@ -106,25 +115,20 @@ def test_padding_side_does_not_change_the_vectors(side, tmp_path):
 def test_wider_padding_does_not_change_the_vectors(saved, side, monkeypatch):
     encoder = SparseEncoder(str(saved), head="tiled", **LENGTHS, pool_special_tokens=False).eval()
     encoder.tokenizer.padding_side = side
-    batch, widths = encoder.doc_tokenizer(TEXTS), []
-    expected, width = encoder(batch), batch.input_ids.shape[1]
-    encoder.backbone.register_forward_pre_hook(
-        lambda *call: widths.append(call[2]["input_ids"].shape[1]), with_kwargs=True
-    )
+    batch = encoder.doc_tokenizer(TEXTS)
+    expected, (texts, width) = encoder(batch), batch.input_ids.shape
+    shapes = seen_shapes(encoder)
     monkeypatch.setattr(encoder, "padded_width", lambda before: before + 5)
     torch.testing.assert_close(encoder(batch), expected, atol=1e-5, rtol=1e-5)
-    assert widths == [width + 5]
+    assert shapes == [(texts, width + 5)]
 
 
 def test_wider_padding_counts_among_the_tokens_at_a_time(monkeypatch):
-    encoder, sizes = small(packed=False, gradient_checkpointing=30), []
-    encoder.backbone.register_forward_pre_hook(
-        lambda *call: sizes.append(call[2]["input_ids"].shape), with_kwargs=True
-    )
-    batch = encoder.doc_tokenizer(TEXTS)  # 3 texts, 12 wide
+    encoder = small(packed=False, gradient_checkpointing=30)
+    shapes = seen_shapes(encoder)
     monkeypatch.setattr(encoder, "padded_width", lambda before: before + 5)
-    encoder(batch)
-    assert sizes == [(1, 17)] * 3
+    encoder(encoder.doc_tokenizer(TEXTS))  # 3 texts, 12 wide
+    assert shapes == [(1, 17)] * 3
 
 
 def test_padded_widths_are_multiples_on_a_gpu_as_far_as_positions_go():
@@ -141,12 +145,9 @@ def test_padded_widths_are_multiples_on_a_gpu_as_far_as_positions_go():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_backbone_on_a_gpu_sees_multiples():
     encoder = small(packed=False).cuda()
-    batch, widths = encoder.doc_tokenizer(TEXTS).to("cuda"), []
-    encoder.backbone.register_forward_pre_hook(
-        lambda *call: widths.append(call[2]["input_ids"].shape[1]), with_kwargs=True
-    )
+    batch, shapes = encoder.doc_tokenizer(TEXTS).to("cuda"), seen_shapes(encoder)
     encoder(batch)
-    assert widths == [16] and batch.input_ids.shape[1] == 12
+    assert shapes == [(3, 16)] and batch.input_ids.shape == (3, 12)
 
 
 def test_calibration_makes_a_share_of_the_vocabulary_active():

@@ -100,7 +100,8 @@ def test_runs_of_one_head_and_seed_count_as_their_mean(tmp_path):
     ):  # fmt: skip
         write_run(tmp_path / name, head, {"test/ndcg@10": quality}, changes=real, seed=seed)
     naive, fused = table(build(*read_runs([tmp_path])), "Quality on the test split")
-    assert (naive["nDCG@10"], fused["nDCG@10"], fused["seeds"], fused["− naive"]) == ("0.810", "0.810", "2", "+0.0000")
+    assert (naive["nDCG@10"], fused["nDCG@10"]) == ("0.810", "0.810")
+    assert (fused["seeds"], fused["− naive"]) == ("2", "+0.0000")
 
 
 def test_every_section_and_figure_is_there(built):

@@ -56,9 +56,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
 class SafeCheckpoint(ModelCheckpoint):
     """Keeps ``best.ckpt`` by a validation metric and ``last.ckpt``, which is renewed while the run goes on.
 
-    ``last.ckpt`` is written every ``save_every_steps`` optimizer steps, after each validation, at the end, and on Ctrl-C
-    or SIGTERM. Both let the step in hand finish, so that the checkpoint is one to resume from exactly; a second Ctrl-C
-    stops at once. Files load with ``torch.load(..., weights_only=True)``.
+    ``last.ckpt`` is written every ``save_every_steps`` optimizer steps, after each validation, at the end, and on
+    Ctrl-C or SIGTERM. Both let the step in hand finish, so that the checkpoint is one to resume from exactly; a second
+    Ctrl-C stops at once. Files load with ``torch.load(..., weights_only=True)``.
 
     Args:
         dirpath: folder of the two files.
